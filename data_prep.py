@@ -1,0 +1,830 @@
+"""Navigation data, and every picture of this project: grids, drawn answers, previews, plots.
+
+The task. An elf stands on a frozen lake and walks to a gift without stepping into a hole. The
+model sees only the picture. Its answer, a list of moves, is drawn on the picture and shown to it.
+
+Contents
+    1. Looks and grid pictures    LOOKS, draw_grid, draw_path
+    2. The rules of the lake      shortest_distances, walk, progress
+    3. Random maps and mistakes   random_layout, sample_shortest_path, corrupt
+    4. Reading files              read_manifest, check_layout, load_image
+    5. Making the data            make_navigation, see_batch
+    6. Pictures for people        contact_sheet, film_strip, curves
+
+A layout is a list of strings of S (start, the elf), F (frozen, safe), H (hole) and G (goal, the
+gift). Cells are (row, column), counted from the top left. `rng` is always a random.Random.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import warnings
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # (row, col)
+CELL = 16          # pixels a cell: one visual token of the small model (patch 8, merge 2)
+MAX_DRAWN = 100    # moves; a rambling answer must not slow training down
+MAX_SIDE = 4096    # pixels; larger image files are refused before they are decoded
+WORDS = {"F": "ice", "H": "hole", "S": "elf", "G": "gift"}
+
+
+class DataError(ValueError):
+    """Something in the data is wrong; the message is one line that says where and what."""
+
+
+# ---------------------------------------------------------------- 1. looks and grid pictures
+
+@dataclass(frozen=True)
+class Look:
+    """Colours (R, G, B) and the hole's shape. A new look needs one more row in LOOKS."""
+    ground: tuple
+    grid: tuple
+    hole: tuple
+    rim: tuple
+    hole_shape: str   # disc, square, cross or ring
+    coat: tuple
+    hat: tuple
+    skin: tuple
+    box: tuple
+    ribbon: tuple
+    path: tuple
+    alert: tuple      # where a path leaves the grid; unlike every other colour of the look
+
+
+# Training sees "snow" only. The other three ask whether a skill survives a change of picture.
+LOOKS = {
+    "snow": Look((238, 245, 250), (200, 214, 224), (72, 142, 206), (36, 92, 152), "disc",
+                 (38, 140, 72), (206, 44, 48), (248, 208, 170), (206, 44, 72), (252, 214, 70),
+                 (245, 130, 20), (200, 0, 190)),
+    "night": Look((38, 46, 78), (62, 74, 112), (4, 4, 10), (128, 92, 190), "square",
+                  (84, 190, 220), (236, 236, 250), (214, 170, 140), (70, 170, 90), (240, 240, 240),
+                  (250, 220, 60), (255, 70, 90)),
+    "desert": Look((236, 208, 150), (206, 172, 110), (140, 62, 34), (92, 36, 20), "cross",
+                   (60, 84, 170), (250, 250, 240), (150, 100, 66), (26, 140, 140), (250, 246, 230),
+                   (122, 40, 170), (230, 0, 40)),
+    "ink": Look((250, 248, 240), (150, 150, 150), (40, 40, 40), (40, 40, 40), "ring",
+                (90, 90, 90), (30, 30, 30), (250, 248, 240), (186, 186, 180), (20, 20, 20),
+                (30, 110, 220), (226, 30, 30)),
+}
+
+
+def _draw_hole(draw, look, at):
+    """One hole; `at(*fractions of the cell)` gives pixels."""
+    rim = at(0.06)[0]
+    if look.hole_shape == "disc":
+        draw.ellipse(at(0.12, 0.12, 0.88, 0.88), fill=look.hole, outline=look.rim, width=rim)
+    elif look.hole_shape == "square":
+        draw.rectangle(at(0.14, 0.14, 0.86, 0.86), fill=look.hole, outline=look.rim, width=rim)
+    elif look.hole_shape == "ring":
+        draw.ellipse(at(0.14, 0.14, 0.86, 0.86), outline=look.hole, width=3 * rim)
+    else:
+        draw.line(at(0.2, 0.2, 0.8, 0.8), fill=look.hole, width=4 * rim)
+        draw.line(at(0.2, 0.8, 0.8, 0.2), fill=look.hole, width=4 * rim)
+
+
+def _draw_elf(draw, look, at):
+    """Coat, face, pointed hat with a bobble."""
+    draw.polygon(at(0.5, 0.5, 0.8, 0.92, 0.2, 0.92), fill=look.coat, outline=look.coat)
+    draw.ellipse(at(0.3, 0.34, 0.7, 0.72), fill=look.skin, outline=look.hat, width=at(0.03)[0])
+    draw.polygon(at(0.5, 0.08, 0.76, 0.44, 0.24, 0.44), fill=look.hat)
+    draw.ellipse(at(0.43, 0.03, 0.57, 0.17), fill=look.coat)
+    for x in (0.4, 0.56):
+        draw.ellipse(at(x, 0.5, x + 0.06, 0.57), fill=(20, 20, 20))
+
+
+def _draw_gift(draw, look, at):
+    """Box, lid, ribbon and bow."""
+    draw.rectangle(at(0.2, 0.46, 0.8, 0.9), fill=look.box)
+    draw.rectangle(at(0.14, 0.34, 0.86, 0.5), fill=look.box, outline=look.ribbon,
+                   width=at(0.025)[0])
+    draw.rectangle(at(0.43, 0.34, 0.57, 0.9), fill=look.ribbon)
+    draw.ellipse(at(0.24, 0.12, 0.5, 0.36), outline=look.ribbon, width=at(0.08)[0])
+    draw.ellipse(at(0.5, 0.12, 0.76, 0.36), outline=look.ribbon, width=at(0.08)[0])
+
+
+@functools.lru_cache(maxsize=256)
+def _tile(look, cell, kind):
+    """Picture of one cell. Drawn 8 times too large and shrunk, for smooth edges; done once."""
+    big = 8 * cell
+    tile = Image.new("RGB", (big, big), LOOKS[look].ground)
+    draw, at = ImageDraw.Draw(tile), lambda *fractions: [round(f * big) for f in fractions]
+    if kind != "F":
+        {"H": _draw_hole, "S": _draw_elf, "G": _draw_gift}[kind](draw, LOOKS[look], at)
+    tile = tile.resize((cell, cell), Image.Resampling.BOX)
+    line = max(1, cell // 24)
+    draw = ImageDraw.Draw(tile)   # lines at the top and left only: neighbours supply the others
+    draw.rectangle((0, 0, cell - 1, line - 1), fill=LOOKS[look].grid)
+    draw.rectangle((0, 0, line - 1, cell - 1), fill=LOOKS[look].grid)
+    return tile
+
+
+@functools.lru_cache(maxsize=256)
+def _lake(look, cell, rows, columns):
+    """All ice. Most cells are, so this saves draw_grid most of its work."""
+    image = Image.new("RGB", (columns * cell, rows * cell))
+    for index in range(rows * columns):
+        image.paste(_tile(look, cell, "F"), (index % columns * cell, index // columns * cell))
+    return image
+
+
+def draw_grid(layout, look, cell=CELL):
+    """Picture of a layout: RGB, (columns * cell) x (rows * cell) pixels, no margin.
+
+    Without a margin every cell falls on whole patches of the vision tower.
+    """
+    image = _lake(look, cell, len(layout), len(layout[0])).copy()
+    for r, row in enumerate(layout):
+        for c, kind in enumerate(row):
+            if kind != "F":
+                image.paste(_tile(look, cell, kind), (c * cell, r * cell))
+    return image
+
+
+def _bar(draw, a, b, width, colour):
+    """Thick line between two points (x, y) on one row or column. Square ends close the corners."""
+    half = width / 2 - 0.5
+    draw.rectangle((int(min(a[0], b[0]) - half), int(min(a[1], b[1]) - half),
+                    int(max(a[0], b[0]) + half), int(max(a[1], b[1]) + half)), fill=colour)
+
+
+def draw_path(image, shape, start, moves, look="snow"):
+    """Feedback: a new RGB image with the path drawn on it. `image` itself is left alone.
+
+    shape: (rows, columns) of the grid, which fills the image. start: (row, column). moves: names
+    from MOVES (KeyError otherwise). A hollow square marks the start, an arrow head the end, and a
+    bar the edge where the path leaves the grid and stops. Drawing is purely geometric. It knows
+    nothing of holes or goals: whether the path is right is for the model to see.
+    """
+    image = image.convert("RGB") if image.mode != "RGB" else image.copy()
+    draw, look = ImageDraw.Draw(image), LOOKS[look]
+    (rows, columns), (row, column) = shape, start
+    width, height = image.width / columns, image.height / rows   # of a cell, pixels
+    unit = min(width, height)
+    thick, used = max(2, round(unit / 6)), {}
+    first = here = ((column + 0.5) * width, (row + 0.5) * height)
+    step, left = None, False
+    for move in moves[:MAX_DRAWN]:
+        dr, dc = step = MOVES[move]
+        left = not (0 <= row + dr < rows and 0 <= column + dc < columns)
+        if left:
+            x, y = here[0] + dc * (width - thick) / 2, here[1] + dr * (height - thick) / 2
+            _bar(draw, here, (x, y), thick, look.path)
+            dx, dy = abs(dr) * (width - thick) * 0.5, abs(dc) * (height - thick) * 0.5
+            _bar(draw, (x - dx, y - dy), (x + dx, y + dy), thick, look.alert)
+            break
+        there = (here[0] + dc * width, here[1] + dr * height)
+        # A stretch walked again is drawn beside the first time, so that it does not vanish.
+        stretch = (min(row, row + dr), min(column, column + dc), dr == 0)
+        times = used[stretch] = used.get(stretch, -1) + 1
+        dx, dy = (abs(d) * (0, 1.5, -1.5)[times % 3] * thick for d in step)
+        a, b = (here[0] + dx, here[1] + dy), (there[0] + dx, there[1] + dy)
+        _bar(draw, a, b, thick, look.path)
+        if times % 3:
+            _bar(draw, here, a, thick, look.path)
+            _bar(draw, b, there, thick, look.path)
+        row, column, here = row + dr, column + dc, there
+    # Whole pixels, so that dot and arrow head stay symmetric at 16 pixels a cell.
+    x, y = int(first[0]), int(first[1])
+    for radius, colour in ((round(0.2 * unit), look.path), (round(0.07 * unit), look.ground)):
+        draw.rectangle((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    if step and not left:
+        (dy, dx), size, x, y = step, round(0.36 * unit), int(here[0]), int(here[1])
+        tip, tail, side = size - 1, size // 2, size
+        draw.polygon(((x + dx * tip, y + dy * tip),
+                      (x - dx * tail + dy * side, y - dy * tail + dx * side),
+                      (x - dx * tail - dy * side, y - dy * tail - dx * side)), fill=look.path)
+    return image
+
+
+# ---------------------------------------------------------------- 2. the rules of the lake
+
+def find_cell(layout, kind):
+    """(row, column) of the first cell of this kind."""
+    return next((r, row.index(kind)) for r, row in enumerate(layout) if kind in row)
+
+
+@functools.lru_cache(maxsize=20_000)   # rewards ask for the same maps again and again
+def _distances(layout):
+    distance = np.full((len(layout), len(layout[0])), -1, dtype=np.int64)
+    queue = deque([find_cell(layout, "G")])
+    distance[queue[0]] = 0
+    while queue:
+        row, column = queue.popleft()
+        for dr, dc in MOVES.values():
+            r, c = row + dr, column + dc
+            if (0 <= r < len(layout) and 0 <= c < len(layout[0]) and layout[r][c] != "H"
+                    and distance[r, c] < 0):
+                distance[r, c] = distance[row, column] + 1
+                queue.append((r, c))
+    distance.flags.writeable = False   # callers share it
+    return distance
+
+
+def shortest_distances(layout):
+    """Least moves from each cell to the goal: int array (rows, columns), -1 where no way exists."""
+    return _distances(tuple(layout))
+
+
+def walk(layout, moves):
+    """What happens to the elf: (outcome, steps), steps being the moves up to the deciding one.
+
+    The first move that leaves the grid or meets a hole decides: "edge" or "hole", even after the
+    goal. Without such a move: "past" (the goal was reached before the last move), "short" (it was
+    never reached), "longer" (reached at the last move, but a shorter way exists), or "exact".
+
+        walk(["SF", "HG"], ["right", "down"]) == ("exact", 2)
+    """
+    (row, column), reached = find_cell(layout, "S"), 0
+    shortest = int(shortest_distances(layout)[row, column])
+    for step, move in enumerate(moves, 1):
+        row, column = row + MOVES[move][0], column + MOVES[move][1]
+        if not (0 <= row < len(layout) and 0 <= column < len(layout[0])):
+            return "edge", step
+        if layout[row][column] == "H":
+            return "hole", step
+        if layout[row][column] == "G" and not reached:
+            reached = step
+    if not reached:
+        return "short", len(moves)
+    if reached < len(moves):
+        return "past", reached
+    return ("exact" if reached == shortest else "longer"), reached
+
+
+def progress(layout, moves):
+    """p_t in [0, 1]: leading moves that each come one closer to the goal, over the optimal length.
+
+    0 when the optimal path is complete and more moves follow: the answer runs past its goal.
+    """
+    distance, (row, column) = shortest_distances(layout), find_cell(layout, "S")
+    optimal, good = int(distance[row, column]), 0
+    for move in moves:
+        r, c = row + MOVES[move][0], column + MOVES[move][1]
+        if not (0 <= r < len(layout) and 0 <= c < len(layout[0])):
+            break
+        if distance[r, c] < 0 or distance[r, c] >= distance[row, column]:
+            break
+        row, column, good = r, c, good + 1
+    return 0.0 if good == optimal and len(moves) > optimal else good / optimal
+
+
+# ---------------------------------------------------------------- 3. random maps and mistakes
+
+def random_layout(rng, n, hole_share=(0.1, 0.35)):
+    """A solvable n x n layout whose goal is at least 2 moves away.
+
+    From 4 x 4 on, the least distance is itself drawn from 2..n: otherwise near goals prevail.
+    """
+    least = rng.randint(2, n) if n >= 4 else 2
+    while True:
+        holes = round(rng.uniform(*hole_share) * (n * n - 2))
+        layout = _place(rng, n, holes)
+        if shortest_distances(layout)[find_cell(layout, "S")] >= least:
+            return layout
+
+
+def _place(rng, n, holes):
+    """n x n cells with a start, a goal and so many holes, anywhere."""
+    cells = ["F"] * (n * n)
+    for kind, index in zip("SG" + "H" * holes, rng.sample(range(n * n), holes + 2)):
+        cells[index] = kind
+    return ["".join(cells[r * n:(r + 1) * n]) for r in range(n)]
+
+
+def sample_shortest_path(layout, rng):
+    """One shortest path as move names; every step picks evenly among the moves that come closer."""
+    distance, (row, column), path = shortest_distances(layout), find_cell(layout, "S"), []
+    while distance[row, column] > 0:
+        closer = [m for m, (dr, dc) in MOVES.items()
+                  if 0 <= row + dr < len(layout) and 0 <= column + dc < len(layout[0])
+                  and distance[row + dr, column + dc] == distance[row, column] - 1]
+        path.append(rng.choice(closer))
+        row, column = row + MOVES[path[-1]][0], column + MOVES[path[-1]][1]
+    return path
+
+
+def _greedy(layout, rng):
+    """The straight way to the goal as if there were no holes: the most natural mistake."""
+    (row, column), (goal_row, goal_column) = find_cell(layout, "S"), find_cell(layout, "G")
+    moves = (["down" if goal_row > row else "up"] * abs(goal_row - row)
+             + ["right" if goal_column > column else "left"] * abs(goal_column - column))
+    if rng.random() < 0.5:
+        rng.shuffle(moves)
+    return moves
+
+
+def corrupt(layout, path, rng):
+    """A wrong answer near the right one: a non-empty list of at most 2 * len(path) + 4 moves.
+
+    path: a shortest path. The kinds of mistake are mixed so that every outcome of walk occurs.
+    """
+    names = list(MOVES)
+    while True:
+        wrong, kind, at = list(path), rng.randrange(7), rng.randrange(len(path))
+        if kind == 0:
+            wrong[at] = rng.choice(names)
+        elif kind == 1:
+            wrong = wrong[:-rng.randint(1, 2)]
+        elif kind == 2:
+            wrong += rng.choices(names, k=rng.randint(1, 2))
+        elif kind == 3:
+            other = rng.randrange(len(path))
+            wrong[at], wrong[other] = wrong[other], wrong[at]
+        elif kind == 4:   # a detour: step aside, and back after the next move
+            there, back = rng.choice([("up", "down"), ("down", "up"), ("left", "right"),
+                                      ("right", "left")])
+            wrong[at:at + 1] = [there, wrong[at], back]
+        elif kind == 5:
+            wrong = _greedy(layout, rng)
+        else:
+            wrong = rng.choices(names, k=rng.randint(1, len(path) + 2))
+        if wrong and walk(layout, wrong)[0] != "exact":
+            return wrong
+
+
+# ---------------------------------------------------------------- 4. reading files
+
+def check_layout(layout):
+    """Raise DataError unless this is a solvable layout of 2 to 16 rows and columns."""
+    if not isinstance(layout, list) or not all(isinstance(row, str) for row in layout):
+        raise DataError("layout is not a list of strings")
+    if not 2 <= len(layout) <= 16 or not 2 <= len(layout[0]) <= 16:
+        raise DataError("layout needs 2 to 16 rows and columns")
+    if len(set(map(len, layout))) > 1:
+        raise DataError("layout has rows of different lengths")
+    cells = "".join(layout)
+    if set(cells) - set(WORDS):
+        raise DataError("layout has letters other than S, F, H and G")
+    if cells.count("S") != 1 or cells.count("G") != 1:
+        raise DataError("layout needs exactly one S and one G")
+    if shortest_distances(layout)[find_cell(layout, "S")] < 0:
+        raise DataError("layout has no way from S to G")
+
+
+def read_manifest(path):
+    """The records of a JSONL file, unchanged. Image paths are relative to the file's folder.
+
+    Raises DataError, "file:line: reason", for the first line that is not a usable record.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from None
+    folder, records, seen = path.parent.resolve(), [], set()
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                records.append(_check_record(line, folder, seen))
+            except DataError as error:
+                raise DataError(f"{path}:{number}: {error}") from None
+    if not records:
+        raise DataError(f"{path}: has no records")
+    return records
+
+
+def _check_record(line, folder, seen):
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise DataError("not JSON") from None
+    if not isinstance(record, dict):
+        raise DataError("not a JSON object")
+    for key in ("id", "image"):
+        if not isinstance(record.get(key), str) or not record[key]:
+            raise DataError(f'"{key}" is missing or not a text')
+    if record["id"] in seen:
+        raise DataError(f"id {record['id']!r} is used twice")
+    seen.add(record["id"])
+    name = record["image"]
+    if Path(name).is_absolute() or "\0" in name:
+        raise DataError(f"image {name!r} is not a relative path")
+    try:
+        target = (folder / name).resolve()   # follows links: a link may lead outside as well
+        inside, exists = target.is_relative_to(folder), target.is_file()
+    except (OSError, RuntimeError, ValueError) as error:   # too long, a circle of links, ...
+        raise DataError(f"image {name!r} is not a usable path ({error})") from None
+    if not inside:
+        raise DataError(f"image {name!r} leaves the data folder")
+    if not exists:
+        raise DataError(f"image {name!r} does not exist")
+    return record
+
+
+def load_image(path):
+    """Decode an image file to RGB. DataError if missing, broken, or wider or higher than 4096."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # ours is stricter
+            with Image.open(path) as image:
+                if max(image.size) > MAX_SIDE:
+                    raise DataError(f"{path}: image is {image.width} x {image.height} pixels, "
+                                    f"more than {MAX_SIDE}")
+                return image.convert("RGB")
+    except DataError:
+        raise
+    except Exception as error:   # decoders raise many kinds for broken files
+        raise DataError(f"{path}: not a usable image ({error})".replace("\n", " ")) from None
+
+
+# ---------------------------------------------------------------- 5. making the data
+
+def _sft_turns(layout, path, wrongs):
+    """An example episode: each wrong attempt is drawn, judged in one word, and replaced.
+
+    "loss" says what is trained: True all, False nothing, "think" the judgement only. Wrong answers
+    are context: the model learns to leave them, not to make them.
+    """
+    answers = [" ".join(moves) for moves in (*wrongs, path)]
+    turns = [{"text": f"<ANSWER>{answers[0]}</ANSWER>", "loss": not wrongs}]
+    for i, wrong in enumerate(wrongs):
+        text = f"<THINK>{walk(layout, wrong)[0]}</THINK><ANSWER>{answers[i + 1]}</ANSWER>"
+        turns.append({"text": text, "loss": True if i + 1 == len(wrongs) else "think"})
+    return turns + [{"text": f"<FINAL>{answers[-1]}</FINAL>", "loss": True}]
+
+
+def _sft_record(index, record, rng):
+    layout, wrongs = record["layout"], []
+    path = sample_shortest_path(layout, rng)
+    count = 0 if index % 2 == 0 else rng.choices((1, 2), (0.7, 0.3))[0]
+    while len(wrongs) < count:
+        wrong = corrupt(layout, path, rng)
+        if wrong not in wrongs:
+            wrongs.append(wrong)
+    return {**record, "id": f"sft-{index:04d}", "turns": _sft_turns(layout, path, wrongs)}
+
+
+def _plan(train_maps, test_maps, dev_maps):
+    """{split: [(size, look), ...]}. Test comes first: the other counts leave it as it is."""
+    others, plan = [name for name in LOOKS if name != "snow"], {}
+    for part, count in (("test", test_maps), ("dev", dev_maps)):
+        for kind, sizes, looks in (("id", (3, 4, 5), ["snow"]), ("size", (6, 7), ["snow"]),
+                                   ("look", (3, 4, 5), others), ("both", (6, 7), others)):
+            plan[f"{part}_{kind}"] = [(sizes[i % len(sizes)], looks[i // len(sizes) % len(looks)])
+                                      for i in range(count)]
+    small, middle = min(300, train_maps // 10), round(0.3 * train_maps)   # few 3x3 maps exist
+    plan["train"] = [(n, "snow") for n, count in
+                     ((3, small), (4, middle), (5, train_maps - small - middle))
+                     for _ in range(count)]
+    return plan
+
+
+def _draw_records(split, wanted, rng, taken):
+    """Records of one split. `taken` holds the layouts of all splits so far, and grows."""
+    records = []
+    for size, look in wanted:
+        for _ in range(1000):
+            layout = random_layout(rng, size)
+            if tuple(layout) not in taken:
+                break
+        else:
+            raise DataError(f"{split}: no new {size} x {size} map found; ask for fewer")
+        taken.add(tuple(layout))
+        records.append((layout, look))
+    if split == "train":
+        rng.shuffle(records)   # sizes mixed; the first ones also serve as SFT examples
+    return [{"id": f"{split}-{i:04d}", "image": f"images/{split}-{i:04d}.png", "layout": layout,
+             "look": look} for i, (layout, look) in enumerate(records)]
+
+
+def make_navigation(folder, *, seed, train_maps=6000, sft_traces=3000, test_maps=250, dev_maps=150,
+                    cell=CELL, progress=True):
+    """Write all navigation splits, previews and data.json into `folder`, which must not exist.
+
+    No layout is in two test, dev or train files; SFT uses training maps. The same settings give
+    the same bytes. The folder appears whole at the end or not at all.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise DataError(f"{folder}: exists already; remove it or choose another folder")
+    if sft_traces > train_maps:
+        raise DataError(f"{sft_traces} SFT traces need as many training maps, not {train_maps}")
+    building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    (building / "images").mkdir(parents=True)
+    try:
+        settings = {"seed": seed, "train_maps": train_maps, "sft_traces": sft_traces,
+                    "test_maps": test_maps, "dev_maps": dev_maps, "cell": cell}
+        _fill_folder(building, settings, show=progress)
+        os.replace(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)   # nothing is left of it after a success
+
+
+def _fill_folder(folder, settings, show):
+    seed, taken, splits = settings["seed"], set(), {}
+    plan = _plan(settings["train_maps"], settings["test_maps"], settings["dev_maps"])
+    with tqdm(total=sum(map(len, plan.values())), desc="maps", unit="map", disable=not show) as bar:
+        for split, wanted in plan.items():
+            splits[split] = _draw_records(split, wanted, random.Random(f"{seed} {split}"), taken)
+            for record in splits[split]:
+                image = draw_grid(record["layout"], record["look"], settings["cell"])
+                image.save(folder / record["image"], compress_level=1)
+                bar.update()
+    order, rng = list(splits["train"]), random.Random(f"{seed} sft")
+    rng.shuffle(order)
+    splits["sft"] = [_sft_record(i, record, rng)
+                     for i, record in enumerate(order[:settings["sft_traces"]])]
+    sums = {}
+    for split, records in splits.items():
+        content = "".join(json.dumps(record) + "\n" for record in records).encode()
+        sums[f"{split}.jsonl"] = hashlib.sha256(content).hexdigest()
+        _write_safely(folder / f"{split}.jsonl", content)
+        items = [_preview(folder, record) for record in records[:12]]
+        if items:
+            contact_sheet(folder / f"preview_{split}.png", items)
+    about = {"task": "navigation", "settings": settings, "sha256": sums,
+             "counts": {split: len(records) for split, records in splits.items()}}
+    _write_safely(folder / "data.json", (json.dumps(about, indent=2) + "\n").encode())
+
+
+def _write_safely(path, content):
+    with open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _preview(folder, record):
+    """(picture, caption) of a record; of an SFT record, with its first answer drawn."""
+    image, caption, layout = load_image(folder / record["image"]), record["id"], record["layout"]
+    if "turns" in record:
+        moves = re.search("<ANSWER>(.*?)</ANSWER>", record["turns"][0]["text"])[1].split()
+        shape = (len(layout), len(layout[0]))
+        image = draw_path(image, shape, find_cell(layout, "S"), moves, record["look"])
+        caption += f": {walk(layout, moves)[0]}"
+    return image, caption
+
+
+def _random_walk(layout, rng, leave):
+    """1 to 2n moves from the elf, on the grid except for the last one if `leave`.
+
+    It mostly goes on or turns and seldom steps back, so that it looks like an answer.
+    """
+    (row, column), n, moves = find_cell(layout, "S"), len(layout), []
+    length = rng.randint(1, n if leave else 2 * n)
+    while True:
+        inside = {m for m, (dr, dc) in MOVES.items() if 0 <= row + dr < n and 0 <= column + dc < n}
+        if len(moves) >= length:
+            if not leave:
+                return moves
+            if moves[-1] not in inside:   # it has gone straight on up to the edge
+                return moves + [moves[-1]]
+            move = moves[-1]
+        elif moves and moves[-1] in inside and rng.random() < 0.4:
+            move = moves[-1]
+        else:
+            back = tuple(-d for d in MOVES[moves[-1]]) if moves and rng.random() < 0.9 else None
+            move = rng.choice([m for m in MOVES if m in inside and MOVES[m] != back])
+        moves.append(move)
+        row, column = row + MOVES[move][0], column + MOVES[move][1]
+
+
+def _meets(layout, moves):
+    """The word of each cell that the moves enter; "edge" ends it."""
+    (row, column), words = find_cell(layout, "S"), []
+    for move in moves:
+        row, column = row + MOVES[move][0], column + MOVES[move][1]
+        if not (0 <= row < len(layout) and 0 <= column < len(layout[0])):
+            return words + ["edge"]
+        words.append(WORDS[layout[row][column]])
+    return words
+
+
+def see_batch(rng, n, sizes=(3, 4, 5, 6, 7), looks=tuple(LOOKS), cell=CELL):
+    """n examples (image, question, answer) that teach to see, and nothing about solving.
+
+    A quarter each: name all cells; read a drawn path; name the cells that a drawn path enters, and
+    those that moves given in words enter. A pretrained model has learnt such things elsewhere; the
+    small one, which starts from nothing, has not.
+    """
+    batch, first = [], rng.randrange(4)
+    for i in range(n):
+        size, look = rng.choice(sizes), rng.choice(looks)
+        layout = _place(rng, size, round(rng.uniform(0, 0.45) * (size * size - 2)))
+        image = draw_grid(layout, look, cell)
+        moves = _random_walk(layout, rng, leave=rng.random() < 0.15)
+        drawn = draw_path(image, (size, size), find_cell(layout, "S"), moves, look)
+        cells = " ".join(WORDS[kind] for kind in "".join(layout))
+        batch.append((
+            (image, "say the cells", cells),
+            (drawn, "say the path", " ".join(moves)),
+            (drawn, "walk the path", " ".join(_meets(layout, moves))),
+            (image, "walk " + " ".join(moves), " ".join(_meets(layout, moves))),
+        )[(first + i) % 4])
+    return batch
+
+
+# ---------------------------------------------------------------- 6. pictures for people
+
+TEXT, FAINT, LINE = (40, 44, 52), (120, 126, 136), (226, 229, 234)
+FRAMES = {"right": (0, 158, 115), "wrong": (213, 60, 40), "": (190, 195, 203)}
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+PALETTE = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (86, 180, 233),
+           (230, 159, 0), (0, 0, 0), (150, 140, 40)]
+
+
+@functools.lru_cache
+def _font(size):
+    return ImageFont.load_default(size)   # comes with Pillow: the same on every machine
+
+
+def write_image(path, image):
+    """Write a PNG under another name first, so that a reader never meets half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        image.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _wrap(text, font, width, most):
+    """Lines no wider than `width` pixels, at most `most` of them; long words are cut."""
+    lines = [""]
+    for word in text.replace("><", "> <").split():   # a line may break between two tags
+        joined = f"{lines[-1]} {word}".strip()
+        if font.getlength(joined) <= width:
+            lines[-1] = joined
+            continue
+        lines += [""] if lines[-1] else []
+        for letter in word:
+            if font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines if len(lines) <= most else lines[:most - 1] + [lines[most - 1][:-1] + "…"]
+
+
+def _fit(image, side):
+    """Scale to `side` pixels. Small ones are enlarged in whole steps first: cells stay crisp."""
+    largest = max(image.size)
+    if largest < side:
+        step = math.ceil(side / largest)
+        image = image.resize((image.width * step, image.height * step), Image.Resampling.NEAREST)
+    scale = side / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def contact_sheet(path, items, columns=4, zoom=3):
+    """Write the pictures of items [(image, caption), ...] in a grid, enlarged `zoom` times."""
+    font, gap, text = _font(13), 14, 22
+    wide = zoom * max(image.width for image, _ in items)
+    high = zoom * max(image.height for image, _ in items)
+    rows = math.ceil(len(items) / columns)
+    size = (gap + columns * (wide + gap), gap + rows * (high + text + gap))
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (image, caption) in enumerate(items):
+        x, y = gap + i % columns * (wide + gap), gap + i // columns * (high + text + gap)
+        image = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
+        sheet.paste(image, (x, y))
+        draw.text((x, y + image.height + 4), caption, fill=TEXT, font=font)
+    write_image(path, sheet)
+
+
+def film_strip(path, rows, title="", side=150, most=6):
+    """Write episodes as rows of pictures: the question, then each attempt drawn.
+
+    rows: dicts with "images" [PIL], "captions" [str] and "verdicts" ["right", "wrong" or ""] of
+    the same length, and a "label" above the row. At most `most` pictures of an episode are shown.
+    """
+    font, gap, edge, line = _font(12), 18, 4, 15
+    box, columns = side + 2 * edge, max([1] + [min(most, len(row["images"])) for row in rows])
+    captions = [[_wrap(text, font, box, 5) for text in row["captions"][:most]] for row in rows]
+    pictures = [[_fit(image, side) for image in row["images"][:most]] for row in rows]
+    highs = [max([p.height for p in row], default=0) + 2 * edge for row in pictures]
+    heights = [26 + high + 6 + line * max([len(c) for c in row], default=0) + gap
+               for row, high in zip(captions, highs)]
+    top = 44 if title else 12
+    wide = max(gap + columns * (box + gap), round(_font(18).getlength(title)) + 2 * gap)
+    sheet = Image.new("RGB", (wide, top + sum(heights)), "white")
+    draw, y = ImageDraw.Draw(sheet), top
+    draw.text((gap, 14), title, fill=TEXT, font=_font(18))
+    for row, shown, texts, high, height in zip(rows, pictures, captions, highs, heights):
+        more = len(row["images"]) - len(shown)
+        label = row["label"] + (f"   (+{more} more)" if more > 0 else "")
+        draw.text((gap, y), label, fill=TEXT, font=_font(14))
+        for i, (picture, lines, verdict) in enumerate(zip(shown, texts, row["verdicts"])):
+            x = gap + i * (box + gap)
+            draw.rectangle((x, y + 24, x + picture.width + 2 * edge - 1,
+                            y + 24 + picture.height + 2 * edge - 1), fill=FRAMES[verdict])
+            sheet.paste(picture, (x + edge, y + 24 + edge))
+            for j, words in enumerate(lines):
+                draw.text((x, y + 24 + high + 6 + j * line), words, fill=TEXT, font=font)
+        y += height
+    write_image(path, sheet)
+
+
+def _finite(xs, ys):
+    """Points (x, y) with None where the value is missing or not a finite number."""
+    return [None if y is None or not math.isfinite(y) else (float(x), float(y))
+            for x, y in zip(xs, ys)]
+
+
+def _averaged(points, reach):
+    """Each y replaced by the mean over `reach` values to either side; gaps stay gaps."""
+    out = []
+    for i, point in enumerate(points):
+        near = [p[1] for p in points[max(0, i - reach):i + reach + 1] if p is not None]
+        out.append(None if point is None else (point[0], sum(near) / len(near)))
+    return out
+
+
+def _polyline(draw, points, to_pixel, colour, width):
+    """Draw the runs between gaps; a run of one point becomes a dot."""
+    run = []
+    for point in points + [None]:
+        if point is not None:
+            run.append(to_pixel(point))
+        elif run:
+            draw.line(run, fill=colour, width=width, joint="curve")
+            if len(run) == 1:
+                (x, y), r = run[0], width
+                draw.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+            run = []
+
+
+def curves(path, panels, columns=3):
+    """Write a grid of line charts. panels: [(title, {series name: (xs, ys)}), ...].
+
+    Thin pale lines are the values, thick ones their moving average. None and NaN leave gaps.
+    """
+    wide, high, k = 340, 240, 2   # drawn k times too large, then shrunk: smooth lines
+    rows = max(1, math.ceil(len(panels) / columns))
+    shown = max(1, min(columns, len(panels)))
+    sheet = Image.new("RGB", (shown * wide * k, rows * high * k), "white")
+    for i, (title, series) in enumerate(panels):
+        chart = Image.new("RGB", (wide * k, high * k), "white")
+        _chart(ImageDraw.Draw(chart), title, series, wide, high, k)
+        sheet.paste(chart, (i % columns * wide * k, i // columns * high * k))
+    write_image(path, sheet.resize((shown * wide, rows * high), Image.Resampling.LANCZOS))
+
+
+def _chart(draw, title, series, wide, high, k):
+    """One chart. Sizes are in final pixels; `k` is the factor by which the picture is larger."""
+    small, data = _font(11 * k), {name: _finite(*values) for name, values in series.items()}
+    draw.text((52 * k, 8 * k), title, fill=TEXT, font=_font(14 * k))
+    x, y = 52 * k, 30 * k
+    if len(series) > 1:
+        for i, name in enumerate(series):
+            length = small.getlength(name) + 26 * k
+            if x > 52 * k and x + length > wide * k:
+                x, y = 52 * k, y + 15 * k
+            draw.line((x, y + 7 * k, x + 12 * k, y + 7 * k), fill=PALETTE[i % 8], width=3 * k)
+            draw.text((x + 16 * k, y), name, fill=TEXT, font=small)
+            x += length
+        y += 18 * k
+    left, right, top, bottom = 52 * k, (wide - 16) * k, y + 4 * k, (high - 30) * k
+    for part in range(5):
+        gx, gy = left + (right - left) * part // 4, top + (bottom - top) * part // 4
+        draw.line((gx, top, gx, bottom), fill=LINE, width=k)
+        draw.line((left, gy, right, gy), fill=LINE, width=k)
+    points = [p for values in data.values() for p in values if p is not None]
+    if not points:
+        draw.text(((left + right) // 2, (top + bottom) // 2), "no values", fill=FAINT, font=small,
+                  anchor="mm")
+        return
+    xs, ys = zip(*points)
+    (x0, x1), (y0, y1) = _span(xs), _span(ys)
+
+    def to_pixel(point):
+        return (left + (point[0] - x0) / (x1 - x0) * (right - left),
+                bottom - (point[1] - y0) / (y1 - y0) * (bottom - top))
+
+    aside, below = left - 5 * k, bottom + 5 * k
+    for value, at, anchor in ((y0, (aside, bottom), "rm"), (y1, (aside, top), "rm"),
+                              (x0, (left, below), "la"), (x1, (right, below), "ra")):
+        label = f"{value:.0f}" if value == int(value) and abs(value) < 1e6 else f"{value:.3g}"
+        draw.text(at, label, fill=FAINT, font=small, anchor=anchor)
+    for i, values in enumerate(data.values()):   # all pale lines first: none crosses a thick one
+        pale = tuple((c + 2 * 255) // 3 for c in PALETTE[i % 8])
+        _polyline(draw, values, to_pixel, pale, k)
+    for i, values in enumerate(data.values()):
+        reach = len(values) // 24 if len(values) >= 20 else 0   # few values need no smoothing
+        _polyline(draw, _averaged(values, reach), to_pixel, PALETTE[i % 8], 2 * k)
+
+
+def _span(values):
+    """(lowest, highest), widened when they are equal so that a flat line sits in the middle."""
+    low, high = min(values), max(values)
+    pad = 0 if high > low else (abs(low) * 0.1 or 1.0)
+    return low - pad, high + pad
+
+
+if __name__ == "__main__":
+    import vrrl   # here, not above: vrrl imports this file, and only vrrl reads config.yaml
+    vrrl.data_prep_main(sys.argv[1:])

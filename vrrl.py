@@ -1,0 +1,1343 @@
+"""VRRL in one file: visually grounded self-reflection for vision-language models, learnt by reinforcement learning.
+
+The idea (Tang, Yin, Durrett, arXiv 2607.02490). A vision-language model answers a question about an image, is shown
+its answer *drawn on the image*, and then either commits to it or corrects it. Trained with plain RL, models learn to
+be right at once, and hardly learn to correct: a right first answer earns the same reward, more easily. Their
+corrections are rewritten from the text so far and do not look at the picture. Two changes repair that.
+
+    policy pi (a VLM), roll-in buffer D = deque()
+    repeat:
+        for each question of the batch:
+            with probability rho, or while D is short:   start = the question
+            otherwise (buffered roll-in):                start = a stored prefix: question, attempts, their pictures
+            sample G rollouts from the start, turn by turn; after each answer, draw it on the image and show it
+            R_i = reward of rollout i                    (exact answer, plus credit for corrections that make progress)
+            A_i = R_i - mean of the other G-1 rewards    (REINFORCE with a leave-one-out baseline)
+            prefix masking: k ~ U{1..T}; turns before k leave the loss, so that it is about how to recover
+        gradient step on  - sum_i A_i * sum over the unmasked tokens of log pi(token)
+        D.append(prefixes of the fresh rollouts, cut before a decision, mostly after wrong attempts)
+
+Left out on purpose, compared with the authors' GRPO: no division by the group's standard deviation (a setting), no
+importance ratio and no clipping (each batch is used for one update, so the ratio is one).
+
+Read it from top to bottom, in the order in which an episode lives:
+     1 settings      config.yaml as dataclasses; a method is a row of settings
+     2 task          question, parsing, exact, progress, feedback picture
+     3 policy        the VLM: ids, pictures, cached sampling, log-probs
+     4 episodes      multi-turn rollouts from a question or a roll-in prefix
+     5 reward        outcome and reflection
+     6 roll-ins      the buffer of failed prefixes
+     7 loss          prefix masking, advantages, REINFORCE
+     8 SFT           the demonstrations that teach the protocol; and how the embedded model learnt to see
+     9 RL            the training loop
+    10 evaluation    first and final accuracy, repair, in and out of distribution
+    11 report        tables, curves, film strips
+    12 main          the modes of the command line
+
+Run `python vrrl.py` for the default run, `python vrrl.py --help` for every setting.
+"""
+import dataclasses
+import difflib
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import random
+import re
+import resource
+import shutil
+import sys
+import time
+from collections import Counter, deque
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from tqdm import tqdm
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+import tokenizers
+import transformers
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+import data_prep
+
+HERE = Path(__file__).resolve().parent
+
+
+class UserError(Exception):
+    """Something that the user can mend: `main` prints its one line and exits with code 2."""
+
+
+# ======================================================================================================
+# 1. Settings
+# ======================================================================================================
+# config.yaml names every setting once, with its default, what is allowed, and a sentence. It becomes
+# one frozen dataclass with a nested dataclass a section: `cfg.rl.steps`.
+
+
+def read_config(words=(), file=HERE / "config.yaml"):
+    """Settings from config.yaml, then the profile's row, then the method's row, then `key=value` words.
+
+    Returns (cfg, flat): a frozen dataclass, and the same as {"rl.steps": 100, ...}. Raises UserError.
+    """
+    spec, config = settings_table(file)
+    given = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals:
+            raise UserError(f"'{word}' is not key=value; for example: method=rl seed=3")
+        given[check_key(key, spec)] = text
+    flat = {key: default for key, (default, _, _) in spec.items()}
+    for table in ("profile", "method"):
+        row = str(given.get(table, flat[table]))
+        check_value(table, row, spec[table])
+        flat.update(config[table + "s"][row])
+    flat.update(given)
+    flat = {key: check_value(key, flat[key], entry) for key, entry in spec.items()}
+    return nest(flat), flat
+
+
+def settings_table(file=HERE / "config.yaml"):
+    """({"rl.steps": [default, allowed, help], ...}, the whole file as YAML reads it)."""
+    config, spec = yaml.safe_load(Path(file).read_text()), {}
+    for key, entry in config["settings"].items():
+        spec.update({f"{key}.{k}": e for k, e in entry.items()} if isinstance(entry, dict) else {key: entry})
+    return spec, config
+
+
+def check_key(key, spec):
+    if key not in spec:
+        near = difflib.get_close_matches(key, spec, 1) or [k for k in spec if k.split(".")[-1] == key] or ["--help"]
+        raise UserError(f"unknown setting '{key}'; nearest: {near[0]}")
+    return key
+
+
+def check_value(key, value, entry):
+    """`value` (a word, or what YAML read) as the type of the default and inside what is allowed, or UserError."""
+    default, allowed, _ = entry
+    try:
+        if isinstance(default, bool):
+            value = value if isinstance(value, bool) else {"yes": True, "true": True, "no": False, "false": False}[value.lower()]
+        elif isinstance(default, str):
+            value = str(value)
+        else:
+            value = type(default)(value)
+    except (ValueError, KeyError, AttributeError):
+        raise UserError(f"{key}={value} is not allowed; allowed: {shown(allowed)}") from None
+    if isinstance(default, str):
+        good = allowed == "text" or value in allowed.split("|")
+    elif isinstance(default, bool):
+        good = True
+    else:
+        low, high = map(float, allowed.split(".."))
+        good = low <= value <= high  # false for nan as well
+    if not good:
+        raise UserError(f"{key}={value} is not allowed; allowed: {shown(allowed)}")
+    return value
+
+
+def shown(allowed):
+    return "yes, no" if allowed is True else str(allowed).replace("..", " to ").replace("|", ", ")
+
+
+def nest(flat):
+    sections = {}
+    for key, value in flat.items():
+        *section, name = key.split(".")
+        (sections.setdefault(section[0], {}) if section else sections)[name] = value
+    make = lambda name, values: dataclasses.make_dataclass(name, values, frozen=True)(**values)
+    return make("Settings", {k: make(k, v) if isinstance(v, dict) else v for k, v in sections.items()})
+
+
+# ======================================================================================================
+# 2. Task
+# ======================================================================================================
+# A task is a class with these few methods. Nothing outside it knows which task is running, so a new task
+# is a new class, a line in TASKS, and its name in config.yaml.
+
+
+class Navigation:
+    """Spatial navigation on a frozen lake: the shortest path from the elf to the gift, around the holes.
+
+    An attempt is a tuple of moves. Trained on grids up to 5x5 of one look; the test splits ask for larger
+    grids (`size`), other tiles and colours (`look`), and both at once.
+    """
+
+    SPLITS = ("id", "size", "look", "both")  # the first is in distribution
+
+    def __init__(self, cfg, show=True):
+        made = {k: v for k, v in dataclasses.asdict(cfg.nav).items()}
+        # Keyed by its settings, so that the data of a smoke run is never taken for the real thing.
+        key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
+        self.words, self.folder = cfg.protocol, Path(cfg.data) / f"navigation-{key}"
+        if not (self.folder / "data.json").is_file():
+            data_prep.make_navigation(self.folder, **made, progress=show)
+
+    def load(self, split):
+        """Examples of `train`, `sft`, `dev_*` or `test_*`: dicts with id, image, layout, look (and turns, for sft)."""
+        examples = data_prep.read_manifest(self.folder / f"{split}.jsonl")
+        for number, example in enumerate(examples, 1):
+            try:
+                data_prep.check_layout(example.get("layout"))
+            except data_prep.DataError as error:
+                raise UserError(f"{self.folder / split}.jsonl:{number}: {error}") from None
+        return examples
+
+    def question(self, example):
+        """The text before the first image, and the text after each feedback image."""
+        return self.words.question, self.words.feedback
+
+    def image(self, example):
+        return data_prep.load_image(self.folder / example["image"])
+
+    def parse(self, text):
+        """'up, left' -> ("up", "left"); None unless it is one or more moves."""
+        moves = tuple(text.lower().replace(",", " ").split())
+        return moves if moves and all(m in data_prep.MOVES for m in moves) else None
+
+    def exact(self, example, attempt):
+        """The shortest length, no move off the grid, no hole, and the goal reached by the last move."""
+        return data_prep.walk(example["layout"], attempt)[0] == "exact"
+
+    def progress(self, example, attempt):
+        """p_t in [0, 1]: length of the longest strictly distance-decreasing legal prefix, over the optimal length."""
+        return data_prep.progress(example["layout"], attempt)
+
+    def same(self, attempt, other):
+        """Whether an attempt counts as a repetition of another."""
+        return attempt == other
+
+    def feedback(self, example, attempt):
+        """The image with the attempt drawn on it."""
+        layout = example["layout"]
+        return data_prep.draw_path(self.image(example), (len(layout), len(layout[0])), data_prep.find_cell(layout, "S"), attempt,
+                                   example.get("look", "snow"))
+
+    def lesson(self, rng, count):
+        """(image, question, answer) triples that teach to see and solve nothing: say the cells, read a drawn path."""
+        return data_prep.see_batch(rng, count)
+
+
+TASKS = {"navigation": Navigation}
+
+# One assistant turn: an optional THINK, then one ANSWER or one FINAL, nothing else.
+TAGS = ["<THINK>", "</THINK>", "<ANSWER>", "</ANSWER>", "<FINAL>", "</FINAL>"]
+TAG = re.compile("(" + "|".join(TAGS) + ")")
+INSIDE = f"((?:(?!{TAG.pattern[1:-1]}).)*)"
+TURN = re.compile(rf"\s*(?:<THINK>{INSIDE}</THINK>)?\s*(?:<ANSWER>{INSIDE}</ANSWER>|<FINAL>{INSIDE}</FINAL>)\s*", re.DOTALL)
+
+
+def parse_turn(task, text):
+    """(kind, thought, attempt): kind is "answer", "final" or "bad"; thought is None without a THINK.
+
+        parse_turn(task, "<THINK>hole</THINK><ANSWER>up left</ANSWER>") == ("answer", "hole", ("up", "left"))
+    """
+    match = TURN.fullmatch(text)
+    if not match:
+        return "bad", None, None
+    thought, answer, final = match.groups()
+    attempt = task.parse(answer if answer is not None else final)
+    if attempt is None:
+        return "bad", thought, None
+    return ("answer" if answer is not None else "final"), thought, attempt
+
+
+# ======================================================================================================
+# 3. Policy
+# ======================================================================================================
+
+class Picture:
+    """An image as the vision tower takes it: resized to whole visual tokens, still 8-bit.
+
+    pixels: (H, W, 3) uint8 array. rows, cols: visual tokens along each side, after the 2x2 merge.
+    """
+
+    def __init__(self, image, processor):
+        side = processor.patch_size * processor.merge_size
+        height, width = smart_resize(image.height, image.width, side, processor.size["shortest_edge"], processor.size["longest_edge"])
+        if (width, height) != image.size:
+            image = image.resize((width, height), processor.resample)
+        self.pixels = np.asarray(image)
+        self.rows, self.cols = height // side, width // side
+        self.features = None  # its visual tokens, once computed by a frozen vision tower
+
+
+class KeyValues:
+    """Keys and values of a batch of conversations: a pair of (B, heads, L, head_dim) a layer.
+
+    The attention layers of transformers only call `update`. Without gradients the tensors grow in
+    place (a concatenation would copy everything at every token).
+    """
+
+    def __init__(self):
+        self.layers, self.length = {}, 0
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        new, width = (keys, values), keys.shape[2]
+        end = self.length + width
+        if torch.is_grad_enabled():
+            old = self.layers.get(layer)
+            self.layers[layer] = new if old is None else tuple(torch.cat([o[:, :, : self.length], n], 2) for o, n in zip(old, new))
+            return self.layers[layer]
+        old = self.layers.get(layer)
+        if old is None or old[0].shape[2] < end:
+            room = tuple(n.new_empty(*n.shape[:2], end + 64, n.shape[3]) for n in new)
+            for r, o in zip(room, old or ()):
+                r[:, :, : self.length] = o[:, :, : self.length]
+            self.layers[layer] = old = room
+        for o, n in zip(old, new):
+            o[:, :, self.length : end] = n
+        return tuple(o[:, :, :end] for o in old)
+
+    def take(self, rows):
+        self.layers = {n: tuple(t[:, :, : self.length].index_select(0, rows) for t in pair) for n, pair in self.layers.items()}
+
+
+class Context:
+    """A batch of B conversations as far as the model has read them.
+
+    Rows of different length share columns: where a row has no token, `valid` (B, L) is False and
+    attention skips the column. `position` (B,) is the next M-RoPE position; `last` (B, D) the hidden
+    state of each row's last token, which predicts its next one.
+    """
+
+    def __init__(self, rows, device):
+        self.cache = KeyValues()
+        self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+        self.position = torch.zeros(rows, dtype=torch.long, device=device)
+        self.last = None
+
+    def take(self, rows):
+        """Keep these rows, in this order; a row may be taken several times (one prompt, G samples)."""
+        self.cache.take(rows)
+        self.valid, self.position, self.last = self.valid[rows], self.position[rows], self.last[rows]
+        return self
+
+
+class Policy:
+    """A Qwen2.5-VL or Qwen3-VL model with its tokenizer and image processor."""
+
+    def __init__(self, model, tokenizer, processor, cfg):
+        self.model, self.tokenizer, self.processor, self.cfg = model, tokenizer, processor, cfg
+        self.temperature, self.frozen = cfg.policy.temperature, cfg.policy.freeze_vision
+        self.device = next(model.parameters()).device
+        model.model.visual.requires_grad_(not self.frozen)
+        self.image_id = model.config.image_token_id
+        self.prompt("", "")  # sets the end-of-turn token
+        # Only plain tokens and the end of the turn can be sampled. A sampled image placeholder would shift
+        # the positions of all that follows; ids beyond the tokenizer's have no text at all.
+        vocab = model.get_output_embeddings().weight.shape[0]
+        banned = {*tokenizer.all_special_ids, self.image_id, *range(len(tokenizer), vocab)} - {self.end_id}
+        self.banned = torch.zeros(vocab, dtype=torch.bool, device=self.device)
+        self.banned[sorted(banned)] = True
+
+    # ---- words to ids ----------------------------------------------------------------------------
+
+    def encode(self, text):
+        """Token ids, tags apart: a tokenizer may join '>' with what follows, and a forced <THINK> must be the learnt one."""
+        pieces = [p for p in TAG.split(text) if p]
+        return [i for p in pieces for i in self.tokenizer.encode(p, add_special_tokens=False)]
+
+    def decode(self, ids):
+        return self.tokenizer.decode([i for i in ids if i != self.end_id])
+
+    @functools.lru_cache(maxsize=65536)
+    def prompt(self, question, reply):
+        """(ids up to the assistant's first word, ids between two assistant turns), an image being one placeholder.
+
+        question: text of the first user turn, before its image; reply: of a later one, after its image.
+        """
+        words, mark = self.cfg.protocol, "@@"
+        picture = {"type": "image"}
+        text = lambda t: {"type": "text", "text": t}
+        talk = [{"role": "system", "content": [text(words.system)]}] if words.system else []
+        talk += [{"role": "user", "content": [text(question), picture]}, {"role": "assistant", "content": [text(mark)]},
+                 {"role": "user", "content": [picture, text(reply)]}]
+        head, between = self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True).split(mark)
+        ids = lambda t: tuple(self.tokenizer.encode(t, add_special_tokens=False))
+        self.end_id, *between = ids(between)
+        return ids(head), tuple(between)
+
+    def picture(self, image):
+        return Picture(image, self.processor)
+
+    def place(self, ids, picture):
+        """`ids` with the one image placeholder repeated, once for each visual token of `picture`."""
+        at = ids.index(self.image_id)
+        return [*ids[:at], *[self.image_id] * (picture.rows * picture.cols), *ids[at + 1 :]]
+
+    # ---- pictures to vectors ---------------------------------------------------------------------
+
+    def look(self, pictures):
+        """Visual tokens of each picture: a list of ((rows * cols, D), its DeepStack features).
+
+        Each distinct picture is encoded once; with a frozen vision tower, once for as long as it lives.
+        """
+        features = {id(q): q.features for q in pictures if q.features is not None}
+        distinct = {id(q): q for q in pictures if q.features is None}.values()
+        p, m = self.processor.patch_size, self.processor.merge_size
+        size = lambda q: q.pixels.shape
+        for shape, group in itertools.groupby(sorted(distinct, key=size), key=size):
+            group = list(group)
+            for part in (group[i : i + 256] for i in range(0, len(group), 256)):
+                x = torch.from_numpy(np.stack([q.pixels for q in part])).to(self.device).float() / 255
+                x = (x - torch.tensor(self.processor.image_mean, device=x.device)) / torch.tensor(self.processor.image_std, device=x.device)
+                # (N, H, W, 3) -> rows of patches in the library's order: merge blocks, then patches in a block,
+                # each (channel, frame, y, x), a still image counting as two equal frames.
+                n, (height, width, _) = len(part), shape
+                x = x.view(n, height // (p * m), m, p, width // (p * m), m, p, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
+                x = x.unsqueeze(6).expand(*x.shape[:6], self.processor.temporal_patch_size, p, p).reshape(n * (height // p) * (width // p), -1)
+                grid = torch.tensor([[1, height // p, width // p]] * n, device=x.device)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+                    out = self.model.model.get_image_features(x, grid, return_dict=True)
+                deep = getattr(out, "deepstack_features", None) or []
+                for i, q in enumerate(part):
+                    features[id(q)] = (out.pooler_output[i], [d[i] for d in deep])
+                    if self.frozen:
+                        q.features = features[id(q)]
+        return [features[id(q)] for q in pictures]
+
+    # ---- the one primitive: read more of a conversation --------------------------------------------
+
+    def extend(self, context, rows, pictures=()):
+        """Let the model read `rows` (a list of B id lists) after what it has read. Returns hidden states (B, W, D).
+
+        `pictures`: those shown in the rows, in order. Rows are padded on the right with masked columns.
+        """
+        lengths = torch.tensor([len(r) for r in rows], device=self.device)
+        width = int(lengths.max())
+        ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows], device=self.device)
+        column = torch.arange(width, device=self.device)
+        new = column < lengths[:, None]
+        past = context.valid.shape[1]
+        context.valid = torch.cat([context.valid, new], 1)
+        if pictures:
+            grids = iter([(p.rows, p.cols) for p in pictures])
+            steps = [self.positions(r, grids) for r in rows]
+            positions = torch.tensor(np.stack([np.pad(p, ((0, 0), (0, width - p.shape[1]))) for p, _ in steps], 1), device=self.device)
+            advance = torch.tensor([a for _, a in steps], device=self.device)
+        else:
+            positions, advance = column.expand(3, len(rows), width), lengths
+        embeds = self.model.get_input_embeddings()(ids)
+        extra = {}
+        if pictures:
+            features = self.look(pictures)
+            seen = ids.eq(self.image_id) & new
+            embeds = embeds.masked_scatter(seen[..., None], torch.cat([f for f, _ in features]).to(embeds.dtype))
+            if features[0][1]:  # Qwen3-VL adds deeper visual features to its first layers
+                extra = {"visual_pos_masks": seen, "deepstack_visual_embeds": [torch.cat(d) for d in zip(*[d for _, d in features])]}
+        mask = context.valid[:, None, None, :]
+        if width > 1:
+            mask = mask & (torch.arange(past + width, device=self.device) <= past + column[:, None])
+        hidden = self.model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions + context.position[:, None],
+                                                 past_key_values=context.cache, use_cache=True, **extra).last_hidden_state
+        context.cache.length += width
+        context.position = context.position + advance
+        last = hidden[torch.arange(len(rows), device=self.device), (lengths - 1).clamp(min=0)]
+        context.last = last if context.last is None else torch.where((lengths > 0)[:, None], last, context.last)
+        return hidden
+
+    def positions(self, ids, grids):
+        """M-RoPE positions (3, W) of one row, counted from 0, and by how much they advance.
+
+        A text token takes one step on all three axes. An image's tokens keep the time axis and spread over
+        rows and columns; the text after it goes on from the larger side.
+        """
+        parts, start = [], 0
+        for is_image, run in itertools.groupby(ids, key=self.image_id.__eq__):
+            count = sum(1 for _ in run)
+            if is_image:
+                rows, cols = next(grids)
+                at = np.indices((1, rows, cols)).reshape(3, -1)
+                parts.append(at + start)
+                start += max(rows, cols)
+            else:
+                parts.append(np.broadcast_to(np.arange(count) + start, (3, count)))
+                start += count
+        return (np.concatenate(parts, 1) if parts else np.zeros((3, 0), int)), start
+
+    def log_softmax(self, hidden):
+        """Log-probs (..., V) of the next token, over the tokens that may be sampled, at the sampling temperature."""
+        logits = self.model.get_output_embeddings()(hidden).float() / self.temperature
+        return logits.masked_fill(self.banned, -torch.inf).log_softmax(-1)
+
+    @torch.no_grad()
+    def sample(self, context, forced, greedy=False, generator=None):
+        """One assistant turn for each row: a list of (token ids, their log-probs), the end token included.
+
+        forced: a list of B id lists; a row's turn starts with these instead of sampled tokens.
+        """
+        size, max_new = len(forced), self.cfg.policy.max_new
+        start = torch.full((size, max_new), -1, device=self.device)
+        for row, ids in enumerate(forced):
+            if ids:
+                start[row, : len(ids)] = torch.tensor(ids, device=self.device)
+        tokens, logps, done = [], [], torch.zeros(size, dtype=torch.bool, device=self.device)
+        for step in range(max_new):
+            logp = self.log_softmax(context.last)
+            token = logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
+            token = torch.where(start[:, step] >= 0, start[:, step], token)
+            tokens.append(torch.where(done, -1, token))
+            logps.append(logp.gather(1, token[:, None])[:, 0])
+            self.read_token(context, token, ~done)  # the end token too: the feedback comes after it
+            done = done | (token == self.end_id)
+            if done.all():
+                break
+        tokens, logps = torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist()
+        turns = [[t for t in row if t >= 0] for row in tokens]
+        return [(ids, logp[: len(ids)]) for ids, logp in zip(turns, logps)]
+
+    def read_token(self, context, token, new):
+        """`extend` by one token for the rows in `new` (B,), without leaving the device."""
+        context.valid = torch.cat([context.valid, new[:, None]], 1)
+        hidden = self.model.model.language_model(
+            inputs_embeds=self.model.get_input_embeddings()(token)[:, None], attention_mask=context.valid[:, None, None, :],
+            position_ids=context.position[None, :, None].expand(3, -1, 1), past_key_values=context.cache, use_cache=True).last_hidden_state[:, 0]
+        context.cache.length += 1
+        context.position = context.position + new
+        context.last = torch.where(new[:, None], hidden, context.last)
+
+    def log_probs(self, episodes, group=1):
+        """Log-probs and entropies of the action tokens, with gradients: two lists of (number of action tokens,) tensors.
+
+        Each run of `group` episodes shares its opening (the question, or a roll-in prefix), which is read once.
+        """
+        heads = episodes[::group]
+        context = Context(len(heads), self.device)
+        self.extend(context, [e.opening for e in heads], [p for e in heads for p in e.opening_pictures])
+        if group > 1:
+            context.take(torch.arange(len(heads), device=self.device).repeat_interleave(group))
+        first, rows = context.last[:, None], [e.rest for e in episodes]
+        hidden = self.extend(context, rows, [p for e in episodes for p in e.rest_pictures])
+        hidden = torch.cat([first, hidden], 1)  # column j now predicts token j of the row
+        at = [(row, column) for row, e in enumerate(episodes) for column, _ in e.actions]
+        row, column = torch.tensor(at, device=self.device).T
+        taken = torch.tensor([rows[r][c] for r, c in at], device=self.device)
+        logp = self.log_softmax(hidden[row, column])  # logits only where the loss looks
+        entropy = -(logp.exp() * logp.masked_fill(self.banned, 0)).sum(-1)
+        counts = [len(e.actions) for e in episodes]
+        return logp.gather(1, taken[:, None])[:, 0].split(counts), entropy.detach().split(counts)
+
+
+# ======================================================================================================
+# 4. Episodes
+# ======================================================================================================
+
+
+@dataclasses.dataclass
+class Turn:
+    """One assistant turn, and what the user showed next.
+
+    ids: its tokens as sampled, end token included. trained: for each of them, whether it may enter a loss
+    (a forced token may not). logps: recorded while sampling. feedback: ids of the user's reply, empty at the end of an episode.
+    """
+
+    ids: list
+    trained: list
+    logps: list = ()
+    kind: str = "answer"
+    thought: str | None = None
+    attempt: object = None
+    text: str = ""
+    feedback: list = ()
+    picture: Picture | None = None
+
+
+@dataclasses.dataclass
+class Episode:
+    """A conversation about `example`: replayed turns of a roll-in prefix (none for a fresh start), then fresh turns."""
+
+    example: dict
+    question_ids: list
+    question_picture: Picture
+    replayed: list = dataclasses.field(default_factory=list)
+    turns: list = dataclasses.field(default_factory=list)
+    force_think: bool = False  # the first fresh turn starts with a forced <THINK>
+
+    @property
+    def all_turns(self):
+        return [*self.replayed, *self.turns]
+
+    @property
+    def attempts(self):
+        return [t.attempt for t in self.all_turns if t.kind == "answer"]
+
+    @property
+    def committed(self):
+        return self.all_turns[-1].kind == "final" and self.all_turns[-1].attempt == self.attempts[-1] if self.attempts else False
+
+    # What `Policy.log_probs` reads: the opening, shared by a group, then the rest with its action tokens.
+    @property
+    def opening(self):
+        return [*self.question_ids, *(i for t in self.replayed for i in (*t.ids, *t.feedback))]
+
+    @property
+    def opening_pictures(self):
+        return [self.question_picture, *(t.picture for t in self.replayed)]
+
+    @property
+    def rest(self):
+        return [i for t in self.turns for i in (*t.ids, *t.feedback)]
+
+    @property
+    def rest_pictures(self):
+        return [t.picture for t in self.turns if t.picture is not None]
+
+    @property
+    def actions(self):
+        """(column in `rest`, number of the fresh turn from 1) of every token that may be trained."""
+        found, start = [], 0
+        for number, turn in enumerate(self.turns, 1):
+            found += [(start + i, number) for i, on in enumerate(turn.trained) if on]
+            start += len(turn.ids) + len(turn.feedback)
+        return found
+
+
+def begin(policy, task, example):
+    """An episode before its first turn."""
+    picture = policy.picture(task.image(example))
+    return Episode(example, policy.place(policy.prompt(*task.question(example))[0], picture), picture)
+
+
+def show(policy, task, episode, turn, drawn):
+    """The user's reply to an attempt: its picture and the words around it become part of `turn`. `drawn`: a cache."""
+    key = episode.example["id"], turn.attempt
+    if key not in drawn:
+        drawn[key] = policy.picture(task.feedback(episode.example, turn.attempt))
+    turn.picture = drawn[key]
+    turn.feedback = policy.place(policy.prompt(*task.question(episode.example))[1], turn.picture)
+
+
+def well_formed(task, turns, unfinished=False):
+    """The protocol: turn 1 is an ANSWER without THINK; each revision has a THINK; no two ANSWERs are the same; exactly
+    one FINAL, last, without THINK, repeating the last ANSWER. `unfinished`: the FINAL may still come."""
+    attempts = []
+    for number, turn in enumerate(turns):
+        if turn.kind == "final":
+            return number == len(turns) - 1 > 0 and turn.thought is None and turn.attempt == attempts[-1]
+        if turn.kind == "bad" or (turn.thought is None) != (number == 0) or any(task.same(turn.attempt, a) for a in attempts):
+            return False
+        attempts.append(turn.attempt)
+    return unfinished
+
+
+def play(policy, task, starts, samples, max_turns, generator, greedy=False, training=False):
+    """Roll out `samples` continuations of every start, all of them turn by turn as one batch.
+
+    starts: Episodes without fresh turns. Returns len(starts) * samples Episodes, those of one start together.
+    An episode ends at FINAL, at a turn that cannot be parsed, or after `max_turns` fresh turns. In training it
+    also ends where it is already malformed: its reward is 0 whatever follows.
+    """
+    with torch.no_grad():
+        context = Context(len(starts), policy.device)
+        policy.extend(context, [s.opening for s in starts], [p for s in starts for p in s.opening_pictures])
+        context.take(torch.arange(len(starts), device=policy.device).repeat_interleave(samples))
+        episodes = [dataclasses.replace(s, turns=[]) for s in starts for _ in range(samples)]
+        live, drawn, think = episodes, {}, policy.encode("<THINK>")
+        for number in range(1, max_turns + 1):
+            forced = [think if e.force_think and number == 1 else [] for e in live]
+            going = []
+            for row, (episode, (ids, logps)) in enumerate(zip(live, policy.sample(context, forced, greedy, generator))):
+                text = policy.decode(ids)
+                kind, thought, attempt = parse_turn(task, text) if ids[-1] == policy.end_id else ("bad", None, None)
+                turn = Turn(ids, [i >= len(forced[row]) for i in range(len(ids))], logps, kind, thought, attempt, text)
+                episode.turns.append(turn)
+                if kind == "answer" and number < max_turns and (not training or well_formed(task, episode.all_turns, unfinished=True)):
+                    show(policy, task, episode, turn, drawn)
+                    going.append(row)
+            if not going:
+                break
+            live = [live[row] for row in going]  # finished rows leave the batch
+            context.take(torch.tensor(going, device=policy.device))
+            policy.extend(context, [e.turns[-1].feedback for e in live], [e.turns[-1].picture for e in live])
+    return episodes
+
+
+# ======================================================================================================
+# 5. Reward
+# ======================================================================================================
+
+
+def reward(task, episode, cfg):
+    """R of one episode; a roll-in's stored attempts count as well: their progress, repetitions and revisions.
+
+        malformed: 0        committed and exact: 1 + bonus * reflection - revision_cost * revisions
+        otherwise: form + (1 - form) * reflection
+        reflection = clip(sum_t w(p_{t+1} - p_t), 0, 1),  w(d) = d for d >= 0, worse * d for d < 0
+
+    p_t in [0, 1] is the progress of attempt t. Without reflection shaping, outcome only: malformed 0, exact 1,
+    otherwise `form`. (METHOD: the release's reward; `cfg` is the settings' section `reward`.)
+    """
+    if not well_formed(task, episode.all_turns):
+        return 0.0
+    attempts = episode.attempts
+    exact = task.exact(episode.example, attempts[-1])
+    if not cfg.reflection:
+        return 1.0 if exact else cfg.form
+    p = [task.progress(episode.example, a) for a in attempts]
+    gains = [after - before for before, after in zip(p, p[1:])]
+    reflection = min(1.0, max(0.0, sum(d if d >= 0 else cfg.worse * d for d in gains)))
+    if exact:
+        return 1.0 + cfg.bonus * reflection - cfg.revision_cost * len(gains)
+    return cfg.form + (1.0 - cfg.form) * reflection
+
+
+# ======================================================================================================
+# 6. Roll-in buffer
+# ======================================================================================================
+
+
+@dataclasses.dataclass
+class RollIn:
+    """A stored prefix: the start of an episode up to a decision, labelled by its last drawn attempt."""
+
+    start: Episode
+    right: bool
+    step: int  # optimizer step at which it was sampled
+
+
+class RollInBuffer:
+    """First in, first out. Prefixes are on-policy when stored, and stale after `max_age` optimizer steps."""
+
+    def __init__(self, cfg):
+        self.cfg, self.entries = cfg, deque(maxlen=cfg.size)
+
+    def add(self, task, episode, step, rng):
+        """Store one prefix of a fresh episode, if it offers one.
+
+        The release cuts only episodes that end in FINAL. A model that seldom commits wrong answers would then
+        leave the buffer without failures, so we cut before any decision that follows a drawn attempt.
+        """
+        if episode.replayed:  # roll-ins never enter: prefixes would grow out of prefixes
+            return
+        cuts = [n for n, t in enumerate(episode.turns[: self.cfg.max_attempts], 1)
+                if t.picture is not None and well_formed(task, episode.turns[:n], unfinished=True)]
+        if not cuts or sum(e.start.example["id"] == episode.example["id"] for e in self.entries) >= self.cfg.per_question:
+            return
+        cut = rng.choice(cuts)
+        right = task.exact(episode.example, episode.turns[cut - 1].attempt)
+        # After a wrong attempt the next turn is forced to open with <THINK>, so that it cannot be committed.
+        start = dataclasses.replace(episode, replayed=episode.turns[:cut], turns=[], force_think=not right)
+        self.entries.append(RollIn(start, right, step))
+
+    def draw(self, step, rng):
+        """A start for a roll-in group, or None while too few fresh prefixes are stored."""
+        fresh = [e for e in self.entries if step - e.step <= self.cfg.max_age]
+        if len(fresh) < self.cfg.start:
+            return None
+        right = rng.random() >= self.cfg.wrong_share
+        pool = [e for e in fresh if e.right == right] or fresh
+        return rng.choice(pool).start
+
+
+# ======================================================================================================
+# 7. Loss
+# ======================================================================================================
+
+
+def turn_weights(episode, prefix_mask, rng):
+    """Prefix masking: the weight in the loss of every action token of an episode, in order.
+
+    random:   k ~ U{1..T}; turns k..T weigh 1, those before 0. T counts the fresh turns.
+    expected: its average over k: turn t weighs P(k <= t) = t / T.
+    Roll-in episodes are not masked: their old turns are not trained anyway.
+
+    t/T depends, through T, on actions after turn t. With such weights the baseline no longer drops out of the
+    expectation, and a failing episode gains by growing longer; for fixed T both hold exactly. `random` has the
+    same mean, so it shares this.
+    """
+    total = len(episode.turns)
+    if prefix_mask == "none" or episode.replayed:
+        weight = lambda t: 1.0
+    elif prefix_mask == "expected":
+        weight = lambda t: t / total
+    else:
+        k = rng.randint(1, total)
+        weight = lambda t: float(t >= k)
+    return [weight(t) for _, t in episode.actions]
+
+
+def advantages(rewards, std_norm=False):
+    """A_i = R_i - mean of the others in its group. rewards (N, G) -> (N, G)."""
+    group = rewards.shape[1]
+    centred = (rewards - rewards.mean(1, keepdim=True)) * group / (group - 1)
+    return centred / (rewards.std(1, keepdim=True) + 1e-6) if std_norm else centred
+
+
+def policy_loss(logps, reference, advantage, weights, kl, rollouts):
+    """Prefix-masked REINFORCE for some episodes of a batch; summed over micro-batches it is the batch's loss.
+
+        L = 1/N sum_i [ - A_i sum_t m_it log pi(a_it)  +  kl * sum_t (r_it - log r_it - 1) ],  r = pi_SFT / pi
+
+    logps, reference, weights: one (tokens,) tensor an episode; advantage: (episodes,). N is the number of rollouts
+    sampled, kept or not: it must not depend on the mask, or `expected` would no longer be the average of `random`.
+    The KL term holds on all fresh tokens, masked or not: masked first turns would be free to drift.
+    """
+    loss = 0.0
+    for logp, ref, a, m in zip(logps, reference, advantage, weights):
+        loss = loss - a * (m * logp).sum()
+        if kl:
+            ratio = ref - logp
+            loss = loss + kl * (ratio.exp() - ratio - 1).sum()
+    return loss / rollouts
+
+
+# ======================================================================================================
+# 8. The embedded model, and SFT
+# ======================================================================================================
+# The default model is small enough for a CPU, but it is a real Qwen3-VL, built from a config. `mode=see`
+# pre-trains its eyes on pictures of all sizes and looks, as a downloaded VLM has seen pictures of all
+# kinds. It learns to say what is in a picture and never to solve one. The result lies in assets/embedded
+# as an ordinary Hugging Face folder, and everything below loads it as it would load Qwen/Qwen3-VL-4B-Instruct.
+
+WORDS = """user assistant system up down left right ice hole elf gift edge short past longer
+           find the path check it say cells walk""".split()
+CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
+        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def build_embedded(seed):
+    """(model, tokenizer, image processor) of the embedded model, with random weights.
+
+    One grid cell of 16x16 pixels is 2x2 patches and, merged, one visual token. `initializer_range` decides whether
+    it learns to see: with the usual 0.02 a model this small does not. Queries share keys and values in pairs, which
+    halves the cache.
+    """
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    vocab = {word: i for i, word in enumerate([*special, "<|unknown|>", *TAGS, *WORDS])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<|unknown|>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|endoftext|>", eos_token="<|im_end|>",
+                                                     unk_token="<|unknown|>", additional_special_tokens=special)
+    tokenizer.add_tokens(TAGS)
+    tokenizer.chat_template = CHAT
+    config = transformers.Qwen3VLConfig(
+        text_config=dict(vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+                         num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, initializer_range=0.06,
+                         tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0,
+                                                                        mrope_section=[6, 5, 5], mrope_interleaved=True)),
+        vision_config=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=8, spatial_merge_size=2,
+                           temporal_patch_size=2, out_hidden_size=128, num_position_embeddings=256,
+                           deepstack_visual_indexes=[], initializer_range=0.06),
+        image_token_id=vocab["<|image_pad|>"], video_token_id=vocab["<|video_pad|>"], tie_word_embeddings=True,
+        vision_start_token_id=vocab["<|vision_start|>"], vision_end_token_id=vocab["<|vision_end|>"])
+    torch.manual_seed(seed)
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 256, "longest_edge": 1 << 20}, patch_size=8, merge_size=2,
+                                         image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return transformers.Qwen3VLForConditionalGeneration(config), tokenizer, processor
+
+
+def load_policy(name, cfg):
+    """A Policy from a Hugging Face folder or hub name. UserError if there is none."""
+    folder = HERE / name if (HERE / name).is_dir() else Path(name)
+    if not (folder / "config.json").is_file() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "runs", "assets"))):
+        raise UserError(f"model={name}: no folder with a config.json; name a Hugging Face folder or a hub name, "
+                        "or make the embedded model with: python vrrl.py mode=see")
+    device = device_of(cfg)
+    try:
+        source = folder if folder.is_dir() else name
+        model = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        return Policy(model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(source),
+                      Qwen2VLImageProcessorPil.from_pretrained(source), cfg)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model={name} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def save_policy(policy, folder):
+    """A Hugging Face folder that `from_pretrained` loads."""
+    for part in (policy.model, policy.tokenizer, policy.processor):
+        part.save_pretrained(folder)
+
+
+def device_of(cfg):
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no GPU; use device=cpu")
+    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def demonstration(policy, task, example):
+    """An SFT trace as an Episode. Wrong attempts are shown, not taught: `loss` of a turn is true, false, or "think"."""
+    episode = begin(policy, task, example)
+    drawn = {}
+    for turn in example["turns"]:
+        ids = [*policy.encode(turn["text"]), policy.end_id]
+        kind, thought, attempt = parse_turn(task, turn["text"])
+        taught = len(policy.encode(turn["text"].split("<ANSWER>")[0])) if turn["loss"] == "think" else len(ids) * turn["loss"]
+        episode.turns.append(Turn(ids, [i < taught for i in range(len(ids))], (), kind, thought, attempt, turn["text"]))
+        if kind == "answer":
+            show(policy, task, episode, episode.turns[-1], drawn)
+    return episode
+
+
+def lesson(policy, exchanges):
+    """A `mode=see` conversation as an Episode. exchanges: (image, question, answer) triples, a turn each."""
+    pictures = [policy.picture(image) for image, _, _ in exchanges]
+    questions = [question for _, question, _ in exchanges]
+    episode = Episode({}, policy.place(policy.prompt(questions[0], "")[0], pictures[0]), pictures[0])
+    for n, (_, _, answer) in enumerate(exchanges):
+        ids = [*policy.encode(answer), policy.end_id]
+        episode.turns.append(Turn(ids, [True] * len(ids)))
+        if n + 1 < len(exchanges):
+            episode.turns[-1].picture = pictures[n + 1]
+            episode.turns[-1].feedback = policy.place(policy.prompt("", questions[n + 1])[1], pictures[n + 1])
+    return episode
+
+
+def supervise(policy, batches, steps, lr, log, title, micro=32):
+    """AdamW on the mean negative log-prob of the taught tokens; `batches` yields lists of Episodes. Cosine decay to a tenth."""
+    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    warmup = max(1, min(100, steps // 10))
+    for step in tqdm(range(1, steps + 1), desc=title, unit="step", dynamic_ncols=True):
+        rate = lr * min(1.0, step / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        batch = sorted(next(batches), key=lambda e: len(e.opening) + len(e.rest))  # little padding
+        tokens, total = sum(len(e.actions) for e in batch), 0.0
+        optimizer.zero_grad()
+        for part in (batch[i : i + micro] for i in range(0, len(batch), micro)):
+            loss = -torch.cat(policy.log_probs(part)[0]).sum() / tokens
+            loss.backward()
+            total += loss.item()
+        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0).item()
+        optimizer.step()
+        log({"stage": title, "step": step, "loss": total, "grad_norm": norm, "lr": rate})
+
+
+def shuffled(items, count, rng):
+    """Endless lists of `count` items; each pass over the items is in a new order."""
+    order = []
+    while True:
+        while len(order) < count:
+            order += rng.sample(range(len(items)), len(items))
+        yield [items[i] for i in order[:count]]
+        order = order[count:]
+
+
+def sft(policy, task, cfg, log):
+    """Multi-turn SFT: the protocol, first answers, and corrections of given wrong attempts."""
+    traces = [demonstration(policy, task, e) for e in tqdm(task.load("sft"), desc="traces", leave=False)]
+    supervise(policy, shuffled(traces, cfg.sft.batch, random.Random(cfg.seed)), cfg.sft.steps, cfg.sft.lr, log, "sft")
+
+
+def see(policy, task, cfg, log):
+    """Pre-train the embedded model's eyes, on fresh random pictures, in conversations of one to four of them."""
+    rng = random.Random(cfg.seed)
+
+    def batches():
+        while True:
+            triples, talks = task.lesson(rng, cfg.see.batch), []
+            while triples:
+                count = rng.randint(1, 4)
+                talks.append(lesson(policy, triples[:count]))
+                triples = triples[count:]
+            yield talks
+
+    supervise(policy, batches(), cfg.see.steps, cfg.see.lr, log, "see", micro=16)
+
+
+# ======================================================================================================
+# 9. RL
+# ======================================================================================================
+
+
+def rl(policy, reference, task, cfg, log):
+    """VRRL, or the part of it that the method's row switches on, from the SFT model `policy`. `reference`: its frozen copy."""
+    rng, generator = random.Random(cfg.seed), torch.Generator(policy.device).manual_seed(cfg.seed)
+    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.rl.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    buffer, questions = RollInBuffer(cfg.buffer), shuffled(task.load("train"), cfg.rl.questions, rng)
+    group, rollouts = cfg.rl.samples, 0
+    for step in (bar := tqdm(range(1, cfg.rl.steps + 1), desc=cfg.method, unit="step", dynamic_ncols=True)):
+        for g in optimizer.param_groups:
+            g["lr"] = cfg.rl.lr * min(1.0, step / 5) * (1.0 - 0.9 * step / cfg.rl.steps)
+
+        # --- sample: each question from its start, or replaced by a roll-in prefix
+        starts = []
+        for example in next(questions):
+            prefix = buffer.draw(step, rng) if rng.random() >= cfg.rl.rtm_share else None
+            starts.append(prefix or begin(policy, task, example))
+        episodes = play(policy, task, starts, group, cfg.rl.max_turns, generator, training=True)
+        rollouts += len(episodes)
+
+        # --- advantages: within each group of rollouts from one start
+        rewards = torch.tensor([reward(task, e, cfg.reward) for e in episodes]).view(-1, group)
+        advantage = advantages(rewards, cfg.rl.std_norm)
+        # Groups without signal: all rewards equal, or nearly all failed or exact (the release's bounds).
+        mean, spread = rewards.mean(1), rewards.max(1).values - rewards.min(1).values
+        kept = [n for n in range(len(starts)) if spread[n] > 1e-6 and 0.01 < mean[n] < 0.99]
+
+        # --- update: one gradient step on this batch, in micro-batches of whole groups of similar length
+        groups = [episodes[n * group : (n + 1) * group] for n in range(len(starts))]
+        length = lambda n: (len(groups[n][0].opening), max(len(e.rest) for e in groups[n]))
+        kept.sort(key=length)
+        optimizer.zero_grad()
+        entropy, divergence, tokens = 0.0, 0.0, 0
+        for at in range(0, len(kept), width := max(1, cfg.rl.micro // group)):
+            part = kept[at : at + width]
+            batch = [e for n in part for e in groups[n]]
+            logps, entropies = policy.log_probs(batch, group)
+            with torch.no_grad():
+                if cfg.rl.kl or at == 0:  # without a KL term, measured on one micro-batch only
+                    refs = reference.log_probs(batch, group)[0]
+                    divergence = torch.cat([(r - l).exp() - (r - l) - 1 for r, l in zip(refs, logps)]).mean().item()
+            weights = [torch.tensor(turn_weights(e, cfg.rl.prefix_mask, rng), device=policy.device) for e in batch]
+            policy_loss(logps, refs if cfg.rl.kl else logps, advantage[part].flatten().tolist(), weights, cfg.rl.kl, len(episodes)).backward()
+            entropy += torch.cat(entropies).sum().item()
+            tokens += sum(len(l) for l in logps)
+        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.rl.clip).item()
+        if kept and math.isfinite(norm):
+            optimizer.step()
+
+        # --- roll-ins for later steps
+        for n in rng.sample(range(len(episodes)), len(episodes)):
+            buffer.add(task, episodes[n], step, rng)
+
+        # --- what a collapse would show in
+        fresh = [e for e in episodes if not e.replayed]
+        rolled = [e for e in episodes if e.replayed]
+        right = lambda e, n: bool(e.attempts) and task.exact(e.example, e.attempts[n])
+        average = lambda values: sum(values) / len(values) if (values := list(values)) else None
+        log({"stage": "rl", "step": step, "rollouts": rollouts, "reward": rewards.mean().item(),
+             "first": average(right(e, 0) for e in fresh), "final": average(right(e, -1) for e in fresh),
+             "rollin_repair": average(right(e, -1) for e in rolled if e.force_think),
+             "commit": average(e.committed for e in fresh), "well_formed": average(well_formed(task, e.all_turns) for e in episodes),
+             "turns": dict(sorted(Counter(len(e.turns) for e in fresh).items())), "entropy": entropy / max(1, tokens), "kl": divergence,
+             "kept": len(kept) / len(starts), "rollins": len(rolled) / len(episodes), "buffer": len(buffer.entries),
+             "buffer_wrong": average(not e.right for e in buffer.entries), "buffer_age": average(step - e.step for e in buffer.entries),
+             "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]})
+        bar.set_postfix(reward=f"{rewards.mean().item():.2f}")
+
+
+# ======================================================================================================
+# 10. Evaluation
+# ======================================================================================================
+
+
+def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
+    """Greedy and sampled play on every split. Returns (rows, fixed, episodes).
+
+    rows: one dict a split with rates in [0, 1]; "first", "final", ... by map are strings of 0 and 1, for paired tests.
+    fixed: {split: {example id: text of the SFT model's wrong first turn}}: given for every model but the SFT model
+    itself, which makes it. Repair measured on it cannot be gained by failing first. episodes: the greedy ones by split.
+    """
+    rows, wrong, kept = [], {}, {}
+    splits = [f"{cfg.eval.splits}_{s}" for s in task.SPLITS]
+    generator = torch.Generator(policy.device).manual_seed(cfg.seed)
+    bar = tqdm(total=3 * len(splits), desc=title, unit="pass", dynamic_ncols=True)
+
+    def run(starts, greedy):
+        bar.update()
+        parts = [starts[i : i + cfg.eval.batch] for i in range(0, len(starts), cfg.eval.batch)]
+        return [e for part in parts for e in play(policy, task, part, 1, cfg.eval.max_turns, generator, greedy)]
+
+    for split, name in zip(splits, task.SPLITS):
+        examples = task.load(split)[: cfg.eval.maps]
+        own = kept[name] = run([begin(policy, task, e) for e in examples], greedy=True)
+        sampled = run([begin(policy, task, e) for e in examples], greedy=False)
+        right = lambda e, n: bool(e.attempts) and task.exact(e.example, e.attempts[n])
+        first, final = [right(e, 0) for e in own], [right(e, -1) for e in own]
+        wrong[name] = {e.example["id"]: e.turns[0].text for e, ok in zip(own, first) if not ok and e.turns[0].kind == "answer"}
+        starts = []
+        for example in examples:
+            text = (fixed or wrong)[name].get(example["id"])
+            if text is not None:
+                start = begin(policy, task, example)
+                start.replayed = [Turn([*policy.encode(text), policy.end_id], [], (), *parse_turn(task, text), text)]
+                show(policy, task, start, start.replayed[0], {})
+                starts.append(start)
+        repaired = [right(e, -1) for e in run(starts, greedy=True)] if starts else []
+        share = lambda values, among=None: rate([v for v, on in zip(values, among)] if among is None else [v for v, on in zip(values, among) if on])
+        longest = cfg.eval.max_turns
+        rows.append({
+            "split": name, "ood": name != task.SPLITS[0], "n": len(own), "first": rate(first), "final": rate(final),
+            "committed": rate(ok and e.committed for ok, e in zip(final, own)),
+            "repair_own": rate(ok for ok, was in zip(final, first) if not was), "repair_fixed": rate(repaired), "n_fixed": len(repaired),
+            "break": rate(not ok for ok, was in zip(final, first) if was), "commit": rate(e.committed for e in own),
+            "turns": sum(len(e.turns) for e in own) / len(own), "sampled_final": rate(right(e, -1) for e in sampled),
+            "after_turn": [rate(right(e, min(t, len(e.attempts) - 1)) for e in own) for t in range(longest)],
+            "first_by_map": bits(first), "final_by_map": bits(final), "repair_fixed_by_map": bits(repaired)})
+    bar.close()
+    return rows, fixed or wrong, kept
+
+
+def rate(outcomes):
+    outcomes = list(outcomes)
+    return sum(outcomes) / len(outcomes) if outcomes else None
+
+
+def bits(outcomes):
+    return "".join("01"[bool(o)] for o in outcomes)
+
+
+def wilson(share, n):
+    """95 % interval of a share of n outcomes (Wilson's)."""
+    z2, centre = 1.96**2, share
+    middle, half = centre + z2 / (2 * n), 1.96 * math.sqrt(centre * (1 - centre) / n + z2 / (4 * n * n))
+    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+
+
+def paired_difference(new, old, key, samples=2000, seed=0):
+    """Mean over the out-of-distribution splits of new - old in `key`, with a 95 % bootstrap interval over maps.
+
+    Both models are resampled on the same maps, since a map's difficulty is common to both.
+    """
+    rng, means = np.random.default_rng(seed), []
+    pairs = [np.array([int(a) - int(b) for a, b in zip(x[key + "_by_map"], y[key + "_by_map"])]) for x, y in zip(new, old) if x["ood"]]
+    pairs = [d for d in pairs if len(d)]
+    if not pairs:
+        return None
+    draws = np.mean([d[rng.integers(len(d), size=(samples, len(d)))].mean(1) for d in pairs], 0)
+    return float(np.mean([d.mean() for d in pairs])), *map(float, np.percentile(draws, [2.5, 97.5]))
+
+
+# ======================================================================================================
+# 11. Report
+# ======================================================================================================
+
+
+def write_file(path, text):
+    """Whole or not at all: a temporary name, fsync, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def table(models):
+    """Markdown: a row a model and split. models: {name: rows of `evaluate`}."""
+    columns = ["first", "final", "committed", "repair_own", "repair_fixed", "break", "commit", "sampled_final"]
+    lines = ["| model | split | n | " + " | ".join(c.replace("_", " ") for c in columns) + " | turns |", "|" + " --- |" * (len(columns) + 4)]
+    percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
+    for name, rows in models.items():
+        for row in rows:
+            cells = [percent(row[c]) for c in columns]
+            low, high = wilson(row["final"], row["n"])
+            cells[1] += f" [{100 * low:.0f}, {100 * high:.0f}]"
+            lines.append(f"| {name} | {row['split']}{' (ood)' if row['ood'] else ''} | {row['n']} | " + " | ".join(cells) + f" | {row['turns']:.1f} |")
+        ood = [row for row in rows if row["ood"]]
+        mean = lambda c: (lambda v: sum(v) / len(v) if v else None)([r[c] for r in ood if r[c] is not None])
+        lines.append(f"| **{name}** | **mean ood** | {sum(r['n'] for r in ood)} | " + " | ".join(f"**{percent(mean(c))}**" for c in columns)
+                     + f" | {sum(r['turns'] for r in ood) / len(ood):.1f} |")
+    return "\n".join(lines)
+
+
+def report(folder, cfg, models, episodes):
+    """results.json, report.md, curves.png and episodes.png of a run folder. Returns what is printed."""
+    names, differences = list(models), {}
+    for key in ("final", "first", "repair_fixed"):
+        if len(names) > 1:
+            differences[key] = paired_difference(models[names[-1]], models[names[0]], key)
+    text = table(models) + "\n"
+    for key, found in differences.items():
+        if found:
+            text += f"\n{names[-1]} - {names[0]}, out of distribution, {key.replace('_', ' ')}: {100 * found[0]:+.1f} points [{100 * found[1]:+.1f}, {100 * found[2]:+.1f}]"
+    rows = [{"task": cfg.task, "method": name, "seed": cfg.seed, **row} for name, rows in models.items() for row in rows]
+    write_file(folder / "results.json", json.dumps({"rows": rows, "differences": differences}, indent=1) + "\n")
+    write_file(folder / "report.md", f"# {folder.name}\n\n`{cfg.eval.splits}` splits, percent, greedy unless said; brackets: 95 % intervals.\n\n{text}\n")
+    curves(folder)
+    film_strip(folder / "episodes.png", episodes, f"{folder.name}: each attempt, drawn on the image and shown to the model")
+    return text
+
+
+def curves(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [m for m in lines if m["stage"] == "rl"] or lines
+    series = lambda *keys: {k: ([m["step"] for m in steps], [m.get(k) for m in steps]) for k in keys}
+    panels = [("SFT loss", {"loss": ([m["step"] for m in lines if "loss" in m], [m["loss"] for m in lines if "loss" in m])})]
+    if "reward" in steps[0]:
+        turns = sorted({t for m in steps for t in m["turns"]}, key=int)
+        panels += [("reward", series("reward")), ("accuracy, fresh episodes", series("first", "final")),
+                   ("repair after a roll-in prefix", series("rollin_repair")), ("commits, well-formed", series("commit", "well_formed")),
+                   ("turns", {f"{t}": ([m["step"] for m in steps], [m["turns"].get(t, 0) / sum(m["turns"].values()) for m in steps]) for t in turns}),
+                   ("entropy, nats a token", series("entropy")), ("KL to the SFT model", series("kl")), ("gradient norm", series("grad_norm")),
+                   ("kept groups, roll-ins", series("kept", "rollins")), ("buffer: share wrong", series("buffer_wrong")), ("buffer: age, steps", series("buffer_age"))]
+    data_prep.curves(folder / "curves.png", panels)
+
+
+def film_strip(path, episodes, title):
+    """A row an episode: the question, then each attempt drawn, with what the model said. episodes: (task, Episode) pairs."""
+    rows = []
+    for task, e in episodes:
+        shown = [t for t in e.all_turns if t.kind == "answer"]
+        verdicts = ["right" if task.exact(e.example, t.attempt) else "wrong" for t in shown]
+        last = e.all_turns[-1]
+        captions = [re.sub(r"\s*(</?\w+>)\s*", r"\1", t.text) for t in shown]
+        if captions and last not in shown:
+            captions[-1] += "  then: " + re.sub(r"\s*(</?\w+>)\s*", r"\1", last.text)
+        rows.append({"label": e.example["id"], "images": [task.image(e.example), *(task.feedback(e.example, t.attempt) for t in shown)],
+                     "captions": [task.question(e.example)[0], *captions], "verdicts": ["", *verdicts]})
+    data_prep.film_strip(path, rows, title)
+
+
+def choose(task, episodes, count=6):
+    """A few episodes worth looking at: repairs first, then first answers that were right, then failures; out of distribution."""
+    pool = [e for name in reversed(task.SPLITS) for e in episodes[name]]
+    right = lambda e, n: bool(e.attempts) and task.exact(e.example, e.attempts[n])
+    repaired = [e for e in pool if not right(e, 0) and right(e, -1) and len(e.attempts) < 6]
+    at_once = [e for e in pool if right(e, 0) and e.committed]
+    failed = [e for e in pool if e.attempts and not right(e, -1)]
+    spread = lambda found, n: found[:: max(1, len(found) // n)][:n] if n else []
+    chosen = spread(repaired, count - 2) + spread(at_once, 1) + spread(failed, 1)
+    return [(task, e) for e in (chosen or pool[:count])]
+
+
+# ======================================================================================================
+# 12. Main
+# ======================================================================================================
+
+
+class Log:
+    """metrics.jsonl (only what the seed decides) and timing.jsonl (seconds) of a run folder."""
+
+    def __init__(self, folder):
+        self.folder, self.started = folder, time.time()
+        self.metrics = open(folder / "metrics.jsonl", "a")
+
+    def __call__(self, line):
+        self.metrics.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+        self.metrics.flush()
+
+    def stage(self, name, **figures):
+        """One line in timing.jsonl, on screen as well."""
+        seconds, self.started = time.time() - self.started, time.time()
+        line = {"stage": name, "seconds": round(seconds, 1), "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, **figures}
+        with open(self.folder / "timing.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        print(f"{name}: {seconds:.0f} s", *(f"{k} {v}" for k, v in figures.items()), file=sys.stderr)
+
+
+def open_run(folder, flat):
+    """Make the run's folder and write its exact settings. False if it holds these settings' finished run."""
+    settings = {k: v for k, v in flat.items() if k not in ("run", "runs", "data", "mode", "threads")}
+    old = folder / "settings.yaml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if old.is_file():
+            before = yaml.safe_load(old.read_text())
+            changed = [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]
+            if changed:
+                raise UserError(f"{folder} holds a run with other settings ({'; '.join(changed[:4])}): give run=ANOTHER_NAME or remove it")
+            if (folder / "results.json").is_file():
+                return False
+        write_file(old, yaml.safe_dump(settings, sort_keys=False))
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror}): free it, or give runs=ANOTHER_FOLDER") from None
+    write_file(folder / "run.json", json.dumps({
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"), "host": platform.node(), "machine": platform.machine(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}, indent=1) + "\n")
+    return True
+
+
+def sft_model(cfg, flat, task):
+    """The SFT model of these settings, trained now or by an earlier run: every method with the same SFT settings shares it."""
+    decides = {k: v for k, v in flat.items() if k.split(".")[0] in ("task", "model", "seed", "nav", "protocol", "policy", "sft", "device")}
+    folder = Path(cfg.runs) / f"sft-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]}"
+    if not (folder / "model" / "config.json").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.jsonl").unlink(missing_ok=True)
+        policy, log = load_policy(cfg.model, cfg), Log(folder)
+        torch.manual_seed(cfg.seed)
+        sft(policy, task, cfg, log)
+        log.stage("sft")
+        save_policy(policy, folder / "model.tmp")
+        os.replace(folder / "model.tmp", folder / "model")
+    return load_policy(folder / "model", cfg), folder
+
+
+def evaluated(folder, policy, task, cfg, flat, fixed=None):
+    """`evaluate`, kept in the model's folder under the settings that decide it."""
+    decides = {k: v for k, v in flat.items() if k.split(".")[0] in ("seed", "eval", "device")} | {"fixed": fixed}
+    file = folder / f"evaluation-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]}.json"
+    if not file.is_file():
+        rows, fixed, _ = evaluate(policy, task, cfg, fixed, "evaluate SFT")
+        write_file(file, json.dumps({"rows": rows, "fixed": fixed}))
+    found = json.loads(file.read_text())
+    return found["rows"], found["fixed"]
+
+
+def train(cfg, flat, words):
+    """SFT, then RL, then evaluation: the method's row decides which parts do anything."""
+    folder = Path(cfg.runs) / (cfg.run or "-".join([cfg.task, cfg.method, f"seed{cfg.seed}"] + [cfg.profile] * (cfg.profile != "default")))
+    if not open_run(folder, flat):
+        print((folder / "report.md").read_text())
+        return
+    print(f"run folder: {folder}", file=sys.stderr)
+    task, log = TASKS[cfg.task](cfg), Log(folder)
+    log.stage("data")
+    base_cfg, base_flat = read_config([*words, "method=sft"])  # what this method is compared with, and starts from
+    base, base_folder = sft_model(base_cfg, base_flat, task)
+    log.stage("sft")
+    models = {}
+    models["sft"], fixed = evaluated(base_folder, base, task, base_cfg, base_flat)
+    log.stage("evaluate sft")
+    policy, own_folder = sft_model(cfg, flat, task)
+    shutil.copyfile(own_folder / "metrics.jsonl", folder / "metrics.jsonl")
+    log = Log(folder)
+    if cfg.rl.steps:
+        rl(policy, base, task, cfg, log)
+        log.stage("rl", rollouts_per_second=round(cfg.rl.steps * cfg.rl.questions * cfg.rl.samples / (time.time() - log.started), 1))
+    rows, _, episodes = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}")
+    models[cfg.method] = rows
+    log.stage(f"evaluate {cfg.method}")
+    save_policy(policy, folder / "model")
+    print("\n" + report(folder, cfg, models, choose(task, episodes)))
+
+
+def main(words):
+    if any(w in ("-h", "--help", "help") for w in words):
+        print(__doc__.split("\n\n")[0] + "\n\nusage: python vrrl.py [key=value ...]\n")
+        for key, (default, allowed, sentence) in settings_table()[0].items():
+            print(f"  {key}={default if not isinstance(default, bool) else ['no', 'yes'][default]}\n      {sentence} ({shown(allowed)})")
+        return
+    cfg, flat = read_config(words)
+    torch.set_num_threads(cfg.threads or os.cpu_count())
+    if cfg.mode == "train":
+        return train(cfg, flat, words)
+    task = TASKS[cfg.task](cfg)
+    folder = Path(cfg.runs) / (cfg.run or f"{cfg.mode}-{Path(cfg.model).name}")
+    if cfg.mode == "see":
+        folder.mkdir(parents=True, exist_ok=True)
+        policy = Policy(*build_embedded(cfg.seed), dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, freeze_vision=False)))
+        see(policy, task, cfg, Log(folder))
+        return save_policy(policy, cfg.model)
+    policy = load_policy(cfg.model, cfg)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows, _, episodes = evaluate(policy, task, cfg)
+    if cfg.mode == "show":
+        film_strip(folder / "episodes.png", choose(task, episodes), cfg.model)
+        print(f"wrote {folder / 'episodes.png'}")
+    else:
+        print(table({Path(cfg.model).name: rows}))
+        write_file(folder / "results.json", json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+def data_prep_main(words):
+    """`python data_prep.py navigation key=value ...`: make the data folder alone."""
+    name, *rest = words or [""]
+    if name not in TASKS:
+        raise UserError(f"'{name}' is not a data set; one of: {', '.join(TASKS)}")
+    print(TASKS[name](read_config(rest)[0]).folder)
+
+
+def run_main(function, words):
+    """Run `function(words)`; a UserError or bad data becomes one line and exit code 2."""
+    try:
+        function(words)
+    except (UserError, data_prep.DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    run_main(main, sys.argv[1:])
