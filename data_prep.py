@@ -8,8 +8,9 @@ Contents
     2. The rules of the lake      shortest_distances, walk, progress
     3. Random maps and mistakes   random_layout, sample_shortest_path, corrupt
     4. Reading files              read_manifest, check_layout, load_image
-    5. Making the data            make_navigation, see_batch
-    6. Pictures for people        contact_sheet, film_strip, curves
+    5. Making the data            make_navigation
+    6. The embedded model         build_embedded, see_batch, make_embedded
+    7. Pictures for people        contact_sheet, film_strip, curves
 
 A layout is a list of strings of S (start, the elf), F (frozen, safe), H (hole) and G (goal, the
 gift). Cells are (row, column), counted from the top left. `rng` is always a random.Random.
@@ -38,6 +39,7 @@ CELL = 16          # pixels a cell: one visual token of the small model (patch 8
 MAX_DRAWN = 100    # moves; a rambling answer must not slow training down
 MAX_SIDE = 4096    # pixels; larger image files are refused before they are decoded
 WORDS = {"F": "ice", "H": "hole", "S": "elf", "G": "gift"}
+UNDER_PATH = {"F": "path", "H": "crash", "S": "start", "G": "found"}
 
 
 class DataError(ValueError):
@@ -373,10 +375,10 @@ def check_layout(layout):
         raise DataError("layout has no way from S to G")
 
 
-def read_manifest(path):
+def read_manifest(path, check=lambda record: None):
     """The records of a JSONL file, unchanged. Image paths are relative to the file's folder.
 
-    Raises DataError, "file:line: reason", for the first line that is not a usable record.
+    check: a task's own look at a record. Raises DataError, "file:line: reason", for the first line that is not a usable record.
     """
     path = Path(path)
     try:
@@ -388,6 +390,7 @@ def read_manifest(path):
         if line.strip():
             try:
                 records.append(_check_record(line, folder, seen))
+                check(records[-1])
             except DataError as error:
                 raise DataError(f"{path}:{number}: {error}") from None
     if not records:
@@ -567,6 +570,58 @@ def _preview(folder, record):
     return image, caption
 
 
+# ---------------------------------------------------------------- 6. the embedded model
+# The default model is small enough for a CPU, but it is a real Qwen3-VL, built from a config. It comes
+# with eyes: as a downloaded VLM has seen pictures of all kinds, this one has learnt to say what is in
+# pictures of all sizes and looks, and never to solve one. The result lies in assets/embedded as an
+# ordinary Hugging Face folder, and vrrl.py loads it as it would load Qwen/Qwen3-VL-4B-Instruct.
+
+VOCABULARY = """user assistant system up down left right ice hole elf gift path crash start found
+                edge short past longer find the check it say cells""".split()
+CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
+        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def build_embedded(seed):
+    """(model, tokenizer, image processor) of the embedded model, with random weights.
+
+    One grid cell of 16x16 pixels is 2x2 patches and, merged, one visual token. `initializer_range` decides whether
+    it learns to see: with the usual 0.02 a model this small does not. Queries share keys and values in pairs, which
+    halves the cache.
+    """
+    import tokenizers   # here: drawing needs none of these
+    import torch
+    import transformers
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from vrrl import TAGS
+    special = [f"<|{name}|>" for name in "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()]
+    vocab = {word: i for i, word in enumerate([*special, "<|unknown|>", *TAGS, *VOCABULARY])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<|unknown|>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<|endoftext|>", eos_token="<|im_end|>", unk_token="<|unknown|>",
+        additional_special_tokens=special)
+    tokenizer.add_tokens(TAGS)
+    tokenizer.chat_template = CHAT
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)
+    config = transformers.Qwen3VLConfig(
+        text_config=dict(
+            vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, initializer_range=0.06,
+            tie_word_embeddings=True, rope_parameters=rope),
+        vision_config=dict(
+            depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=8, spatial_merge_size=2,
+            temporal_patch_size=2, out_hidden_size=128, num_position_embeddings=256, deepstack_visual_indexes=[],
+            initializer_range=0.06),
+        image_token_id=vocab["<|image_pad|>"], video_token_id=vocab["<|video_pad|>"], tie_word_embeddings=True,
+        vision_start_token_id=vocab["<|vision_start|>"], vision_end_token_id=vocab["<|vision_end|>"])
+    torch.manual_seed(seed)
+    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 256, "longest_edge": 1 << 20}, patch_size=8, merge_size=2,
+                                         image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return transformers.Qwen3VLForConditionalGeneration(config), tokenizer, processor
+
+
 def _random_walk(layout, rng, leave):
     """1 to 2n moves from the elf, on the grid except for the last one if `leave`.
 
@@ -591,42 +646,46 @@ def _random_walk(layout, rng, leave):
         row, column = row + MOVES[move][0], column + MOVES[move][1]
 
 
-def _meets(layout, moves):
-    """The word of each cell that the moves enter; "edge" ends it."""
-    (row, column), words = find_cell(layout, "S"), []
-    for move in moves:
-        row, column = row + MOVES[move][0], column + MOVES[move][1]
-        if not (0 <= row < len(layout) and 0 <= column < len(layout[0])):
-            return words + ["edge"]
-        words.append(WORDS[layout[row][column]])
-    return words
-
-
 def see_batch(rng, n, sizes=(3, 4, 5, 6, 7), looks=tuple(LOOKS), cell=CELL):
     """n examples (image, question, answer) that teach to see, and nothing about solving.
 
-    A quarter each: name all cells; read a drawn path; name the cells that a drawn path enters, and
-    those that moves given in words enter. A pretrained model has learnt such things elsewhere; the
-    small one, which starts from nothing, has not.
+    The answer names every cell, row by row. On half of the pictures a random path is drawn, and the
+    cells under it have names of their own: a path over ice, a hole, the elf or the gift. A pretrained
+    model has learnt to see elsewhere; the small one, which starts from nothing, has not.
     """
-    batch, first = [], rng.randrange(4)
+    batch = []
     for i in range(n):
         size, look = rng.choice(sizes), rng.choice(looks)
         layout = _place(rng, size, round(rng.uniform(0, 0.45) * (size * size - 2)))
-        image = draw_grid(layout, look, cell)
-        moves = _random_walk(layout, rng, leave=rng.random() < 0.15)
-        drawn = draw_path(image, (size, size), find_cell(layout, "S"), moves, look)
-        cells = " ".join(WORDS[kind] for kind in "".join(layout))
-        batch.append((
-            (image, "say the cells", cells),
-            (drawn, "say the path", " ".join(moves)),
-            (drawn, "walk the path", " ".join(_meets(layout, moves))),
-            (image, "walk " + " ".join(moves), " ".join(_meets(layout, moves))),
-        )[(first + i) % 4])
+        image, under = draw_grid(layout, look, cell), set()
+        if i % 2:
+            moves, at = _random_walk(layout, rng, leave=rng.random() < 0.15), find_cell(layout, "S")
+            image = draw_path(image, (size, size), at, moves, look)
+            for move in ["", *moves]:
+                dr, dc = MOVES.get(move, (0, 0))
+                at = (at[0] + dr, at[1] + dc)
+                under.add(at)
+        words = [(UNDER_PATH if (r, c) in under else WORDS)[layout[r][c]] for r in range(size) for c in range(size)]
+        batch.append((image, "say the cells", " ".join(words)))
     return batch
 
 
-# ---------------------------------------------------------------- 6. pictures for people
+def make_embedded(folder, cfg):
+    """Build the embedded model, teach it to see, and save it as a Hugging Face folder."""
+    import vrrl
+    policy, rng = vrrl.Policy(*build_embedded(cfg.seed), cfg), random.Random(cfg.seed)
+
+    def lesson(image, question, answer):
+        picture, ids = policy.picture(image), [*policy.encode(answer), policy.end_id]
+        opening = policy.place(policy.prompt(question, "")[0], picture)
+        return vrrl.Episode({}, opening, picture, turns=[vrrl.Turn(ids, [True] * len(ids))])
+
+    batches = iter(lambda: [lesson(*example) for example in see_batch(rng, cfg.see.batch)], None)
+    vrrl.supervise(policy, batches, cfg.see.steps, cfg.see.lr, "see")
+    vrrl.save_policy(policy, folder)
+
+
+# ---------------------------------------------------------------- 7. pictures for people
 
 TEXT, FAINT, LINE = (40, 44, 52), (120, 126, 136), (226, 229, 234)
 FRAMES = {"right": (0, 158, 115), "wrong": (213, 60, 40), "": (190, 195, 203)}
@@ -827,4 +886,4 @@ def _span(values):
 
 if __name__ == "__main__":
     import vrrl   # here, not above: vrrl imports this file, and only vrrl reads config.yaml
-    vrrl.data_prep_main(sys.argv[1:])
+    vrrl.run_main(vrrl.data_prep_main, sys.argv[1:])

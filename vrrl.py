@@ -11,7 +11,7 @@ corrections are rewritten from the text so far and do not look at the picture. T
             with probability rho, or while D is short:   start = the question
             otherwise (buffered roll-in):                start = a stored prefix: question, attempts, their pictures
             sample G rollouts from the start, turn by turn; after each answer, draw it on the image and show it
-            R_i = reward of rollout i                    (exact answer, plus credit for corrections that make progress)
+            R_i = reward of rollout i                    (exact answer, and credit for corrections that progress)
             A_i = R_i - mean of the other G-1 rewards    (REINFORCE with a leave-one-out baseline)
             prefix masking: k ~ U{1..T}; turns before k leave the loss, so that it is about how to recover
         gradient step on  - sum_i A_i * sum over the unmasked tokens of log pi(token)
@@ -28,7 +28,7 @@ Read it from top to bottom, in the order in which an episode lives:
      5 reward        outcome and reflection
      6 roll-ins      the buffer of failed prefixes
      7 loss          prefix masking, advantages, REINFORCE
-     8 SFT           the demonstrations that teach the protocol; and how the embedded model learnt to see
+     8 SFT           loading a model; the demonstrations that teach it the protocol
      9 RL            the training loop
     10 evaluation    first and final accuracy, repair, in and out of distribution
     11 report        tables, curves, film strips
@@ -62,7 +62,6 @@ from tqdm import tqdm
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-import tokenizers
 import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
@@ -124,7 +123,8 @@ def check_value(key, value, entry):
     default, allowed, _ = entry
     try:
         if isinstance(default, bool):
-            value = value if isinstance(value, bool) else {"yes": True, "true": True, "no": False, "false": False}[value.lower()]
+            words = {"yes": True, "true": True, "no": False, "false": False}
+            value = value if isinstance(value, bool) else words[value.lower()]
         elif isinstance(default, str):
             value = str(value)
         else:
@@ -182,20 +182,18 @@ class Navigation:
 
     def load(self, split):
         """Examples of `train`, `sft`, `dev_*` or `test_*`: dicts with id, image, layout, look (and turns, for sft)."""
-        examples = data_prep.read_manifest(self.folder / f"{split}.jsonl")
-        for number, example in enumerate(examples, 1):
-            try:
-                data_prep.check_layout(example.get("layout"))
-            except data_prep.DataError as error:
-                raise UserError(f"{self.folder / split}.jsonl:{number}: {error}") from None
-        return examples
+        return data_prep.read_manifest(self.folder / f"{split}.jsonl", lambda example: data_prep.check_layout(example.get("layout")))
 
     def question(self, example):
         """The text before the first image, and the text after each feedback image."""
         return self.words.question, self.words.feedback
 
+    @functools.lru_cache(maxsize=1024)
+    def _load(self, name):
+        return data_prep.load_image(self.folder / name)
+
     def image(self, example):
-        return data_prep.load_image(self.folder / example["image"])
+        return self._load(example["image"])
 
     def parse(self, text):
         """'up, left' -> ("up", "left"); None unless it is one or more moves."""
@@ -217,12 +215,8 @@ class Navigation:
     def feedback(self, example, attempt):
         """The image with the attempt drawn on it."""
         layout = example["layout"]
-        return data_prep.draw_path(self.image(example), (len(layout), len(layout[0])), data_prep.find_cell(layout, "S"), attempt,
-                                   example.get("look", "snow"))
-
-    def lesson(self, rng, count):
-        """(image, question, answer) triples that teach to see and solve nothing: say the cells, read a drawn path."""
-        return data_prep.see_batch(rng, count)
+        shape, start = (len(layout), len(layout[0])), data_prep.find_cell(layout, "S")
+        return data_prep.draw_path(self.image(example), shape, start, attempt, example.get("look", "snow"))
 
 
 TASKS = {"navigation": Navigation}
@@ -231,7 +225,7 @@ TASKS = {"navigation": Navigation}
 TAGS = ["<THINK>", "</THINK>", "<ANSWER>", "</ANSWER>", "<FINAL>", "</FINAL>"]
 TAG = re.compile("(" + "|".join(TAGS) + ")")
 INSIDE = f"((?:(?!{TAG.pattern[1:-1]}).)*)"
-TURN = re.compile(rf"\s*(?:<THINK>{INSIDE}</THINK>)?\s*(?:<ANSWER>{INSIDE}</ANSWER>|<FINAL>{INSIDE}</FINAL>)\s*", re.DOTALL)
+TURN = re.compile(rf"\s*(?:<THINK>{INSIDE}</THINK>\s*)?(?:<ANSWER>{INSIDE}</ANSWER>|<FINAL>{INSIDE}</FINAL>)\s*", re.S)
 
 
 def parse_turn(task, text):
@@ -261,7 +255,8 @@ class Picture:
 
     def __init__(self, image, processor):
         side = processor.patch_size * processor.merge_size
-        height, width = smart_resize(image.height, image.width, side, processor.size["shortest_edge"], processor.size["longest_edge"])
+        least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
+        height, width = smart_resize(image.height, image.width, side, least, most)
         if (width, height) != image.size:
             image = image.resize((width, height), processor.resample)
         self.pixels = np.asarray(image)
@@ -280,13 +275,12 @@ class KeyValues:
         self.layers, self.length = {}, 0
 
     def update(self, keys, values, layer, *args, **kwargs):
-        new, width = (keys, values), keys.shape[2]
-        end = self.length + width
+        new, old, end = (keys, values), self.layers.get(layer), self.length + keys.shape[2]
         if torch.is_grad_enabled():
-            old = self.layers.get(layer)
-            self.layers[layer] = new if old is None else tuple(torch.cat([o[:, :, : self.length], n], 2) for o, n in zip(old, new))
-            return self.layers[layer]
-        old = self.layers.get(layer)
+            if old is not None:
+                new = tuple(torch.cat([o[:, :, : self.length], n], 2) for o, n in zip(old, new))
+            self.layers[layer] = new
+            return new
         if old is None or old[0].shape[2] < end:
             room = tuple(n.new_empty(*n.shape[:2], end + 64, n.shape[3]) for n in new)
             for r, o in zip(room, old or ()):
@@ -297,7 +291,8 @@ class KeyValues:
         return tuple(o[:, :, :end] for o in old)
 
     def take(self, rows):
-        self.layers = {n: tuple(t[:, :, : self.length].index_select(0, rows) for t in pair) for n, pair in self.layers.items()}
+        for layer, pair in self.layers.items():
+            self.layers[layer] = tuple(t[:, :, : self.length].index_select(0, rows) for t in pair)
 
 
 class Context:
@@ -326,9 +321,11 @@ class Policy:
 
     def __init__(self, model, tokenizer, processor, cfg):
         self.model, self.tokenizer, self.processor, self.cfg = model, tokenizer, processor, cfg
-        self.temperature, self.frozen = cfg.policy.temperature, cfg.policy.freeze_vision
+        self.temperature = cfg.policy.temperature
         self.device = next(model.parameters()).device
-        model.model.visual.requires_grad_(not self.frozen)
+        self.mean = torch.tensor(processor.image_mean, device=self.device)
+        self.std = torch.tensor(processor.image_std, device=self.device)
+        self.freeze_vision(False)
         self.image_id = model.config.image_token_id
         self.prompt("", "")  # sets the end-of-turn token
         # Only plain tokens and the end of the turn can be sampled. A sampled image placeholder would shift
@@ -338,10 +335,15 @@ class Policy:
         self.banned = torch.zeros(vocab, dtype=torch.bool, device=self.device)
         self.banned[sorted(banned)] = True
 
+    def freeze_vision(self, frozen):
+        """Keep the vision tower as it is. Then each picture needs encoding only once."""
+        self.frozen = frozen
+        self.model.model.visual.requires_grad_(not frozen)
+
     # ---- words to ids ----------------------------------------------------------------------------
 
     def encode(self, text):
-        """Token ids, tags apart: a tokenizer may join '>' with what follows, and a forced <THINK> must be the learnt one."""
+        """Token ids, tags apart: a tokenizer may join '>' with what follows, but a forced <THINK> must be the learnt one."""
         pieces = [p for p in TAG.split(text) if p]
         return [i for p in pieces for i in self.tokenizer.encode(p, add_special_tokens=False)]
 
@@ -358,9 +360,11 @@ class Policy:
         picture = {"type": "image"}
         text = lambda t: {"type": "text", "text": t}
         talk = [{"role": "system", "content": [text(words.system)]}] if words.system else []
-        talk += [{"role": "user", "content": [text(question), picture]}, {"role": "assistant", "content": [text(mark)]},
+        talk += [{"role": "user", "content": [text(question), picture]},
+                 {"role": "assistant", "content": [text(mark)]},
                  {"role": "user", "content": [picture, text(reply)]}]
-        head, between = self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True).split(mark)
+        talk = self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        head, between = talk.split(mark)
         ids = lambda t: tuple(self.tokenizer.encode(t, add_special_tokens=False))
         self.end_id, *between = ids(between)
         return ids(head), tuple(between)
@@ -380,20 +384,21 @@ class Policy:
 
         Each distinct picture is encoded once; with a frozen vision tower, once for as long as it lives.
         """
-        features = {id(q): q.features for q in pictures if q.features is not None}
-        distinct = {id(q): q for q in pictures if q.features is None}.values()
+        features = {id(q): q.features for q in pictures if self.frozen and q.features is not None}
+        distinct = {id(q): q for q in pictures if id(q) not in features}.values()
         p, m = self.processor.patch_size, self.processor.merge_size
         size = lambda q: q.pixels.shape
         for shape, group in itertools.groupby(sorted(distinct, key=size), key=size):
             group = list(group)
             for part in (group[i : i + 256] for i in range(0, len(group), 256)):
                 x = torch.from_numpy(np.stack([q.pixels for q in part])).to(self.device).float() / 255
-                x = (x - torch.tensor(self.processor.image_mean, device=x.device)) / torch.tensor(self.processor.image_std, device=x.device)
-                # (N, H, W, 3) -> rows of patches in the library's order: merge blocks, then patches in a block,
-                # each (channel, frame, y, x), a still image counting as two equal frames.
+                x = (x - self.mean) / self.std
+                # (N, H, W, 3) -> rows of patches in the library's order: merge blocks, then the patches of a block,
+                # each (channel, frame, y, x). A still image counts as two equal frames.
                 n, (height, width, _) = len(part), shape
                 x = x.view(n, height // (p * m), m, p, width // (p * m), m, p, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
-                x = x.unsqueeze(6).expand(*x.shape[:6], self.processor.temporal_patch_size, p, p).reshape(n * (height // p) * (width // p), -1)
+                x = x.unsqueeze(6).expand(*x.shape[:6], self.processor.temporal_patch_size, p, p)
+                x = x.reshape(n * (height // p) * (width // p), -1)
                 grid = torch.tensor([[1, height // p, width // p]] * n, device=x.device)
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
                     out = self.model.model.get_image_features(x, grid, return_dict=True)
@@ -421,7 +426,8 @@ class Policy:
         if pictures:
             grids = iter([(p.rows, p.cols) for p in pictures])
             steps = [self.positions(r, grids) for r in rows]
-            positions = torch.tensor(np.stack([np.pad(p, ((0, 0), (0, width - p.shape[1]))) for p, _ in steps], 1), device=self.device)
+            padded = [np.pad(p, ((0, 0), (0, width - p.shape[1]))) for p, _ in steps]
+            positions = torch.tensor(np.stack(padded, 1), device=self.device)
             advance = torch.tensor([a for _, a in steps], device=self.device)
         else:
             positions, advance = column.expand(3, len(rows), width), lengths
@@ -432,17 +438,23 @@ class Policy:
             seen = ids.eq(self.image_id) & new
             embeds = embeds.masked_scatter(seen[..., None], torch.cat([f for f, _ in features]).to(embeds.dtype))
             if features[0][1]:  # Qwen3-VL adds deeper visual features to its first layers
-                extra = {"visual_pos_masks": seen, "deepstack_visual_embeds": [torch.cat(d) for d in zip(*[d for _, d in features])]}
+                deep = [torch.cat(level) for level in zip(*(d for _, d in features))]
+                extra = {"visual_pos_masks": seen, "deepstack_visual_embeds": deep}
         mask = context.valid[:, None, None, :]
         if width > 1:
             mask = mask & (torch.arange(past + width, device=self.device) <= past + column[:, None])
-        hidden = self.model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions + context.position[:, None],
-                                                 past_key_values=context.cache, use_cache=True, **extra).last_hidden_state
-        context.cache.length += width
+        hidden = self.run(context, embeds, mask, positions + context.position[:, None], **extra)
         context.position = context.position + advance
         last = hidden[torch.arange(len(rows), device=self.device), (lengths - 1).clamp(min=0)]
         context.last = last if context.last is None else torch.where((lengths > 0)[:, None], last, context.last)
         return hidden
+
+    def run(self, context, embeds, mask, positions, **extra):
+        """The language model on new columns: embeds (B, W, D), mask (B, 1, 1 or W, L + W), positions (3, B, W) -> (B, W, D)."""
+        out = self.model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
+                                              past_key_values=context.cache, use_cache=True, **extra)
+        context.cache.length += embeds.shape[1]
+        return out.last_hidden_state
 
     def positions(self, ids, grids):
         """M-RoPE positions (3, W) of one row, counted from 0, and by how much they advance.
@@ -497,15 +509,13 @@ class Policy:
     def read_token(self, context, token, new):
         """`extend` by one token for the rows in `new` (B,), without leaving the device."""
         context.valid = torch.cat([context.valid, new[:, None]], 1)
-        hidden = self.model.model.language_model(
-            inputs_embeds=self.model.get_input_embeddings()(token)[:, None], attention_mask=context.valid[:, None, None, :],
-            position_ids=context.position[None, :, None].expand(3, -1, 1), past_key_values=context.cache, use_cache=True).last_hidden_state[:, 0]
-        context.cache.length += 1
+        embeds, positions = self.model.get_input_embeddings()(token)[:, None], context.position[None, :, None].expand(3, -1, 1)
+        hidden = self.run(context, embeds, context.valid[:, None, None, :], positions)[:, 0]
         context.position = context.position + new
         context.last = torch.where(new[:, None], hidden, context.last)
 
     def log_probs(self, episodes, group=1):
-        """Log-probs and entropies of the action tokens, with gradients: two lists of (number of action tokens,) tensors.
+        """Log-probs, with gradients, and entropies of the action tokens: two lists of (action tokens,) tensors.
 
         Each run of `group` episodes shares its opening (the question, or a roll-in prefix), which is read once.
         """
@@ -536,7 +546,7 @@ class Turn:
     """One assistant turn, and what the user showed next.
 
     ids: its tokens as sampled, end token included. trained: for each of them, whether it may enter a loss
-    (a forced token may not). logps: recorded while sampling. feedback: ids of the user's reply, empty at the end of an episode.
+    (a forced token may not). logps: recorded while sampling. feedback: ids of the user's reply, if one followed.
     """
 
     ids: list
@@ -552,7 +562,7 @@ class Turn:
 
 @dataclasses.dataclass
 class Episode:
-    """A conversation about `example`: replayed turns of a roll-in prefix (none for a fresh start), then fresh turns."""
+    """A conversation about `example`: the replayed turns of a roll-in prefix (none on a fresh start), then fresh turns."""
 
     example: dict
     question_ids: list
@@ -571,7 +581,8 @@ class Episode:
 
     @property
     def committed(self):
-        return self.all_turns[-1].kind == "final" and self.all_turns[-1].attempt == self.attempts[-1] if self.attempts else False
+        last = self.all_turns[-1]
+        return last.kind == "final" and bool(self.attempts) and last.attempt == self.attempts[-1]
 
     # What `Policy.log_probs` reads: the opening, shared by a group, then the rest with its action tokens.
     @property
@@ -616,16 +627,24 @@ def show(policy, task, episode, turn, drawn):
 
 
 def well_formed(task, turns, unfinished=False):
-    """The protocol: turn 1 is an ANSWER without THINK; each revision has a THINK; no two ANSWERs are the same; exactly
-    one FINAL, last, without THINK, repeating the last ANSWER. `unfinished`: the FINAL may still come."""
+    """The protocol: turn 1 is an ANSWER without THINK; each revision has a THINK; no two ANSWERs are the same;
+    exactly one FINAL, last, without THINK, repeating the last ANSWER. `unfinished`: the FINAL may still come.
+    """
     attempts = []
     for number, turn in enumerate(turns):
         if turn.kind == "final":
             return number == len(turns) - 1 > 0 and turn.thought is None and turn.attempt == attempts[-1]
-        if turn.kind == "bad" or (turn.thought is None) != (number == 0) or any(task.same(turn.attempt, a) for a in attempts):
+        if turn.kind == "bad" or (turn.thought is None) != (number == 0):
+            return False
+        if any(task.same(turn.attempt, a) for a in attempts):
             return False
         attempts.append(turn.attempt)
     return unfinished
+
+
+def solved(task, episode, turn=-1):
+    """Whether the last attempt of an episode, committed or not, is exact; turn=0: the first attempt."""
+    return bool(episode.attempts) and task.exact(episode.example, episode.attempts[turn])
 
 
 def play(policy, task, starts, samples, max_turns, generator, greedy=False, training=False):
@@ -644,12 +663,13 @@ def play(policy, task, starts, samples, max_turns, generator, greedy=False, trai
         for number in range(1, max_turns + 1):
             forced = [think if e.force_think and number == 1 else [] for e in live]
             going = []
-            for row, (episode, (ids, logps)) in enumerate(zip(live, policy.sample(context, forced, greedy, generator))):
-                text = policy.decode(ids)
-                kind, thought, attempt = parse_turn(task, text) if ids[-1] == policy.end_id else ("bad", None, None)
-                turn = Turn(ids, [i >= len(forced[row]) for i in range(len(ids))], logps, kind, thought, attempt, text)
+            for row, (ids, logps) in enumerate(policy.sample(context, forced, greedy, generator)):
+                episode, text = live[row], policy.decode(ids)
+                parsed = parse_turn(task, text) if ids[-1] == policy.end_id else ("bad", None, None)
+                turn = Turn(ids, [i >= len(forced[row]) for i in range(len(ids))], logps, *parsed, text)
                 episode.turns.append(turn)
-                if kind == "answer" and number < max_turns and (not training or well_formed(task, episode.all_turns, unfinished=True)):
+                hopeless = training and not well_formed(task, episode.all_turns, unfinished=True)
+                if turn.kind == "answer" and number < max_turns and not hopeless:
                     show(policy, task, episode, turn, drawn)
                     going.append(row)
             if not going:
@@ -719,7 +739,8 @@ class RollInBuffer:
             return
         cuts = [n for n, t in enumerate(episode.turns[: self.cfg.max_attempts], 1)
                 if t.picture is not None and well_formed(task, episode.turns[:n], unfinished=True)]
-        if not cuts or sum(e.start.example["id"] == episode.example["id"] for e in self.entries) >= self.cfg.per_question:
+        stored = sum(e.start.example["id"] == episode.example["id"] for e in self.entries)
+        if not cuts or stored >= self.cfg.per_question:
             return
         cut = rng.choice(cuts)
         right = task.exact(episode.example, episode.turns[cut - 1].attempt)
@@ -790,61 +811,21 @@ def policy_loss(logps, reference, advantage, weights, kl, rollouts):
 
 
 # ======================================================================================================
-# 8. The embedded model, and SFT
+# 8. SFT
 # ======================================================================================================
-# The default model is small enough for a CPU, but it is a real Qwen3-VL, built from a config. `mode=see`
-# pre-trains its eyes on pictures of all sizes and looks, as a downloaded VLM has seen pictures of all
-# kinds. It learns to say what is in a picture and never to solve one. The result lies in assets/embedded
-# as an ordinary Hugging Face folder, and everything below loads it as it would load Qwen/Qwen3-VL-4B-Instruct.
-
-WORDS = """user assistant system up down left right ice hole elf gift edge short past longer
-           find the path check it say cells walk""".split()
-CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
-        "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-
-
-def build_embedded(seed):
-    """(model, tokenizer, image processor) of the embedded model, with random weights.
-
-    One grid cell of 16x16 pixels is 2x2 patches and, merged, one visual token. `initializer_range` decides whether
-    it learns to see: with the usual 0.02 a model this small does not. Queries share keys and values in pairs, which
-    halves the cache.
-    """
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
-    vocab = {word: i for i, word in enumerate([*special, "<|unknown|>", *TAGS, *WORDS])}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<|unknown|>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<|endoftext|>", eos_token="<|im_end|>",
-                                                     unk_token="<|unknown|>", additional_special_tokens=special)
-    tokenizer.add_tokens(TAGS)
-    tokenizer.chat_template = CHAT
-    config = transformers.Qwen3VLConfig(
-        text_config=dict(vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
-                         num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, initializer_range=0.06,
-                         tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=10000.0,
-                                                                        mrope_section=[6, 5, 5], mrope_interleaved=True)),
-        vision_config=dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=8, spatial_merge_size=2,
-                           temporal_patch_size=2, out_hidden_size=128, num_position_embeddings=256,
-                           deepstack_visual_indexes=[], initializer_range=0.06),
-        image_token_id=vocab["<|image_pad|>"], video_token_id=vocab["<|video_pad|>"], tie_word_embeddings=True,
-        vision_start_token_id=vocab["<|vision_start|>"], vision_end_token_id=vocab["<|vision_end|>"])
-    torch.manual_seed(seed)
-    processor = Qwen2VLImageProcessorPil(size={"shortest_edge": 256, "longest_edge": 1 << 20}, patch_size=8, merge_size=2,
-                                         image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return transformers.Qwen3VLForConditionalGeneration(config), tokenizer, processor
 
 
 def load_policy(name, cfg):
     """A Policy from a Hugging Face folder or hub name. UserError if there is none."""
-    folder = HERE / name if (HERE / name).is_dir() else Path(name)
-    if not (folder / "config.json").is_file() and (folder.exists() or name.count("/") != 1 or name.startswith((".", "/", "runs", "assets"))):
+    folder = Path(name) if Path(name).is_dir() else HERE / name
+    hub_name = not folder.exists() and re.fullmatch(r"(?!assets/|runs/)[\w-][\w.-]*/[\w.-]+", str(name))
+    if not (folder / "config.json").is_file() and not hub_name:
         raise UserError(f"model={name}: no folder with a config.json; name a Hugging Face folder or a hub name, "
-                        "or make the embedded model with: python vrrl.py mode=see")
-    device = device_of(cfg)
+                        "or make the embedded model again: python data_prep.py embedded")
+    device, source = device_of(cfg), str(folder) if folder.is_dir() else name
     try:
-        source = folder if folder.is_dir() else name
-        model = transformers.AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            source, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
         return Policy(model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(source),
                       Qwen2VLImageProcessorPil.from_pretrained(source), cfg)
     except (OSError, ValueError) as error:
@@ -869,31 +850,21 @@ def demonstration(policy, task, example):
     drawn = {}
     for turn in example["turns"]:
         ids = [*policy.encode(turn["text"]), policy.end_id]
-        kind, thought, attempt = parse_turn(task, turn["text"])
-        taught = len(policy.encode(turn["text"].split("<ANSWER>")[0])) if turn["loss"] == "think" else len(ids) * turn["loss"]
-        episode.turns.append(Turn(ids, [i < taught for i in range(len(ids))], (), kind, thought, attempt, turn["text"]))
-        if kind == "answer":
+        thought = len(policy.encode(turn["text"].split("<ANSWER>")[0]))
+        taught = thought if turn["loss"] == "think" else len(ids) * turn["loss"]
+        parsed = parse_turn(task, turn["text"])
+        episode.turns.append(Turn(ids, [i < taught for i in range(len(ids))], (), *parsed, turn["text"]))
+        if parsed[0] == "answer":
             show(policy, task, episode, episode.turns[-1], drawn)
     return episode
 
 
-def lesson(policy, exchanges):
-    """A `mode=see` conversation as an Episode. exchanges: (image, question, answer) triples, a turn each."""
-    pictures = [policy.picture(image) for image, _, _ in exchanges]
-    questions = [question for _, question, _ in exchanges]
-    episode = Episode({}, policy.place(policy.prompt(questions[0], "")[0], pictures[0]), pictures[0])
-    for n, (_, _, answer) in enumerate(exchanges):
-        ids = [*policy.encode(answer), policy.end_id]
-        episode.turns.append(Turn(ids, [True] * len(ids)))
-        if n + 1 < len(exchanges):
-            episode.turns[-1].picture = pictures[n + 1]
-            episode.turns[-1].feedback = policy.place(policy.prompt("", questions[n + 1])[1], pictures[n + 1])
-    return episode
+def supervise(policy, batches, steps, lr, title, log=lambda line: None, micro=32):
+    """AdamW on the mean negative log-prob of the taught tokens; `batches` yields lists of Episodes.
 
-
-def supervise(policy, batches, steps, lr, log, title, micro=32):
-    """AdamW on the mean negative log-prob of the taught tokens; `batches` yields lists of Episodes. Cosine decay to a tenth."""
-    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    The rate warms up over a tenth of the steps (100 at most) and falls to a tenth along a cosine.
+    """
+    optimizer = adamw(policy, lr)
     warmup = max(1, min(100, steps // 10))
     for step in tqdm(range(1, steps + 1), desc=title, unit="step", dynamic_ncols=True):
         rate = lr * min(1.0, step / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
@@ -911,6 +882,10 @@ def supervise(policy, batches, steps, lr, log, title, micro=32):
         log({"stage": title, "step": step, "loss": total, "grad_norm": norm, "lr": rate})
 
 
+def adamw(policy, lr):
+    return torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
 def shuffled(items, count, rng):
     """Endless lists of `count` items; each pass over the items is in a new order."""
     order = []
@@ -923,24 +898,9 @@ def shuffled(items, count, rng):
 
 def sft(policy, task, cfg, log):
     """Multi-turn SFT: the protocol, first answers, and corrections of given wrong attempts."""
+    policy.freeze_vision(cfg.sft.freeze_vision)
     traces = [demonstration(policy, task, e) for e in tqdm(task.load("sft"), desc="traces", leave=False)]
-    supervise(policy, shuffled(traces, cfg.sft.batch, random.Random(cfg.seed)), cfg.sft.steps, cfg.sft.lr, log, "sft")
-
-
-def see(policy, task, cfg, log):
-    """Pre-train the embedded model's eyes, on fresh random pictures, in conversations of one to four of them."""
-    rng = random.Random(cfg.seed)
-
-    def batches():
-        while True:
-            triples, talks = task.lesson(rng, cfg.see.batch), []
-            while triples:
-                count = rng.randint(1, 4)
-                talks.append(lesson(policy, triples[:count]))
-                triples = triples[count:]
-            yield talks
-
-    supervise(policy, batches(), cfg.see.steps, cfg.see.lr, log, "see", micro=16)
+    supervise(policy, shuffled(traces, cfg.sft.batch, random.Random(cfg.seed)), cfg.sft.steps, cfg.sft.lr, "sft", log)
 
 
 # ======================================================================================================
@@ -949,9 +909,11 @@ def see(policy, task, cfg, log):
 
 
 def rl(policy, reference, task, cfg, log):
-    """VRRL, or the part of it that the method's row switches on, from the SFT model `policy`. `reference`: its frozen copy."""
+    """VRRL, or what the method's row leaves of it, from the SFT model `policy`; `reference` is its frozen copy."""
     rng, generator = random.Random(cfg.seed), torch.Generator(policy.device).manual_seed(cfg.seed)
-    optimizer = torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr=cfg.rl.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    policy.freeze_vision(cfg.rl.freeze_vision)
+    reference.freeze_vision(True)
+    optimizer = adamw(policy, cfg.rl.lr)
     buffer, questions = RollInBuffer(cfg.buffer), shuffled(task.load("train"), cfg.rl.questions, rng)
     group, rollouts = cfg.rl.samples, 0
     for step in (bar := tqdm(range(1, cfg.rl.steps + 1), desc=cfg.method, unit="step", dynamic_ncols=True)):
@@ -978,7 +940,7 @@ def rl(policy, reference, task, cfg, log):
         length = lambda n: (len(groups[n][0].opening), max(len(e.rest) for e in groups[n]))
         kept.sort(key=length)
         optimizer.zero_grad()
-        entropy, divergence, tokens = 0.0, 0.0, 0
+        entropy, divergence, tokens = 0.0, [], 0
         for at in range(0, len(kept), width := max(1, cfg.rl.micro // group)):
             part = kept[at : at + width]
             batch = [e for n in part for e in groups[n]]
@@ -986,9 +948,12 @@ def rl(policy, reference, task, cfg, log):
             with torch.no_grad():
                 if cfg.rl.kl or at == 0:  # without a KL term, measured on one micro-batch only
                     refs = reference.log_probs(batch, group)[0]
-                    divergence = torch.cat([(r - l).exp() - (r - l) - 1 for r, l in zip(refs, logps)]).mean().item()
+                    ratio = torch.cat(refs) - torch.cat(logps)
+                    divergence.append((ratio.exp() - ratio - 1).mean().item())
             weights = [torch.tensor(turn_weights(e, cfg.rl.prefix_mask, rng), device=policy.device) for e in batch]
-            policy_loss(logps, refs if cfg.rl.kl else logps, advantage[part].flatten().tolist(), weights, cfg.rl.kl, len(episodes)).backward()
+            loss = policy_loss(logps, refs if cfg.rl.kl else logps, advantage[part].flatten().tolist(), weights, cfg.rl.kl,
+                               len(episodes))
+            loss.backward()
             entropy += torch.cat(entropies).sum().item()
             tokens += sum(len(l) for l in logps)
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.rl.clip).item()
@@ -1002,15 +967,17 @@ def rl(policy, reference, task, cfg, log):
         # --- what a collapse would show in
         fresh = [e for e in episodes if not e.replayed]
         rolled = [e for e in episodes if e.replayed]
-        right = lambda e, n: bool(e.attempts) and task.exact(e.example, e.attempts[n])
         average = lambda values: sum(values) / len(values) if (values := list(values)) else None
         log({"stage": "rl", "step": step, "rollouts": rollouts, "reward": rewards.mean().item(),
-             "first": average(right(e, 0) for e in fresh), "final": average(right(e, -1) for e in fresh),
-             "rollin_repair": average(right(e, -1) for e in rolled if e.force_think),
-             "commit": average(e.committed for e in fresh), "well_formed": average(well_formed(task, e.all_turns) for e in episodes),
-             "turns": dict(sorted(Counter(len(e.turns) for e in fresh).items())), "entropy": entropy / max(1, tokens), "kl": divergence,
-             "kept": len(kept) / len(starts), "rollins": len(rolled) / len(episodes), "buffer": len(buffer.entries),
-             "buffer_wrong": average(not e.right for e in buffer.entries), "buffer_age": average(step - e.step for e in buffer.entries),
+             "first": average(solved(task, e, 0) for e in fresh), "final": average(solved(task, e) for e in fresh),
+             "rollin_repair": average(solved(task, e) for e in rolled if e.force_think),
+             "commit": average(e.committed for e in fresh),
+             "well_formed": average(well_formed(task, e.all_turns) for e in episodes),
+             "turns": dict(sorted(Counter(len(e.turns) for e in fresh).items())),
+             "entropy": entropy / max(1, tokens), "kl": average(divergence), "kept": len(kept) / len(starts),
+             "rollins": len(rolled) / len(episodes), "buffer": len(buffer.entries),
+             "buffer_wrong": average(not e.right for e in buffer.entries),
+             "buffer_age": average(step - e.step for e in buffer.entries),
              "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]})
         bar.set_postfix(reward=f"{rewards.mean().item():.2f}")
 
@@ -1023,9 +990,10 @@ def rl(policy, reference, task, cfg, log):
 def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
     """Greedy and sampled play on every split. Returns (rows, fixed, episodes).
 
-    rows: one dict a split with rates in [0, 1]; "first", "final", ... by map are strings of 0 and 1, for paired tests.
-    fixed: {split: {example id: text of the SFT model's wrong first turn}}: given for every model but the SFT model
-    itself, which makes it. Repair measured on it cannot be gained by failing first. episodes: the greedy ones by split.
+    rows: a dict a split, with rates in [0, 1] (None where nothing was counted); what ends in `_by_map` is a string of
+    0 and 1, for paired tests. fixed: {split: {example id: text of the SFT model's wrong first turn}}, given for every
+    model but the SFT model itself, which makes it: repair measured on it cannot be gained by failing first.
+    episodes: the greedy ones, by split.
     """
     rows, wrong, kept = [], {}, {}
     splits = [f"{cfg.eval.splits}_{s}" for s in task.SPLITS]
@@ -1041,9 +1009,8 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
         examples = task.load(split)[: cfg.eval.maps]
         own = kept[name] = run([begin(policy, task, e) for e in examples], greedy=True)
         sampled = run([begin(policy, task, e) for e in examples], greedy=False)
-        right = lambda e, n: bool(e.attempts) and task.exact(e.example, e.attempts[n])
-        first, final = [right(e, 0) for e in own], [right(e, -1) for e in own]
-        wrong[name] = {e.example["id"]: e.turns[0].text for e, ok in zip(own, first) if not ok and e.turns[0].kind == "answer"}
+        first, final = [solved(task, e, 0) for e in own], [solved(task, e) for e in own]
+        wrong[name] = {e.example["id"]: e.turns[0].text for e, ok in zip(own, first) if e.attempts and not ok}
         starts = []
         for example in examples:
             text = (fixed or wrong)[name].get(example["id"])
@@ -1052,16 +1019,16 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
                 start.replayed = [Turn([*policy.encode(text), policy.end_id], [], (), *parse_turn(task, text), text)]
                 show(policy, task, start, start.replayed[0], {})
                 starts.append(start)
-        repaired = [right(e, -1) for e in run(starts, greedy=True)] if starts else []
-        share = lambda values, among=None: rate([v for v, on in zip(values, among)] if among is None else [v for v, on in zip(values, among) if on])
-        longest = cfg.eval.max_turns
+        repaired = [solved(task, e) for e in run(starts, greedy=True)] if starts else []
+        reached = lambda e, turn: solved(task, e, min(turn, len(e.attempts) - 1))
         rows.append({
             "split": name, "ood": name != task.SPLITS[0], "n": len(own), "first": rate(first), "final": rate(final),
             "committed": rate(ok and e.committed for ok, e in zip(final, own)),
-            "repair_own": rate(ok for ok, was in zip(final, first) if not was), "repair_fixed": rate(repaired), "n_fixed": len(repaired),
+            "repair_own": rate(ok for ok, was in zip(final, first) if not was),
+            "repair_fixed": rate(repaired), "n_fixed": len(repaired),
             "break": rate(not ok for ok, was in zip(final, first) if was), "commit": rate(e.committed for e in own),
-            "turns": sum(len(e.turns) for e in own) / len(own), "sampled_final": rate(right(e, -1) for e in sampled),
-            "after_turn": [rate(right(e, min(t, len(e.attempts) - 1)) for e in own) for t in range(longest)],
+            "turns": sum(len(e.turns) for e in own) / len(own), "sampled_final": rate(solved(task, e) for e in sampled),
+            "after_turn": [rate(reached(e, turn) for e in own) for turn in range(cfg.eval.max_turns)],
             "first_by_map": bits(first), "final_by_map": bits(final), "repair_fixed_by_map": bits(repaired)})
     bar.close()
     return rows, fixed or wrong, kept
@@ -1078,9 +1045,9 @@ def bits(outcomes):
 
 def wilson(share, n):
     """95 % interval of a share of n outcomes (Wilson's)."""
-    z2, centre = 1.96**2, share
-    middle, half = centre + z2 / (2 * n), 1.96 * math.sqrt(centre * (1 - centre) / n + z2 / (4 * n * n))
-    return (middle - half) / (1 + z2 / n), (middle + half) / (1 + z2 / n)
+    z = 1.96
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 def paired_difference(new, old, key, samples=2000, seed=0):
@@ -1089,8 +1056,8 @@ def paired_difference(new, old, key, samples=2000, seed=0):
     Both models are resampled on the same maps, since a map's difficulty is common to both.
     """
     rng, means = np.random.default_rng(seed), []
-    pairs = [np.array([int(a) - int(b) for a, b in zip(x[key + "_by_map"], y[key + "_by_map"])]) for x, y in zip(new, old) if x["ood"]]
-    pairs = [d for d in pairs if len(d)]
+    key += "_by_map"
+    pairs = [np.array([int(a) - int(b) for a, b in zip(x[key], y[key])]) for x, y in zip(new, old) if x["ood"] and x[key]]
     if not pairs:
         return None
     draws = np.mean([d[rng.integers(len(d), size=(samples, len(d)))].mean(1) for d in pairs], 0)
@@ -1115,37 +1082,54 @@ def write_file(path, text):
 def table(models):
     """Markdown: a row a model and split. models: {name: rows of `evaluate`}."""
     columns = ["first", "final", "committed", "repair_own", "repair_fixed", "break", "commit", "sampled_final"]
-    lines = ["| model | split | n | " + " | ".join(c.replace("_", " ") for c in columns) + " | turns |", "|" + " --- |" * (len(columns) + 4)]
     percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
+    line = lambda *cells: "| " + " | ".join(map(str, cells)) + " |"
+    lines = [line("model", "split", "n", *(c.replace("_", " ") for c in columns), "turns"), "|" + " --- |" * (len(columns) + 4)]
     for name, rows in models.items():
         for row in rows:
-            cells = [percent(row[c]) for c in columns]
-            low, high = wilson(row["final"], row["n"])
+            cells, (low, high) = [percent(row[c]) for c in columns], wilson(row["final"], row["n"])
             cells[1] += f" [{100 * low:.0f}, {100 * high:.0f}]"
-            lines.append(f"| {name} | {row['split']}{' (ood)' if row['ood'] else ''} | {row['n']} | " + " | ".join(cells) + f" | {row['turns']:.1f} |")
+            lines.append(line(name, row["split"] + " (ood)" * row["ood"], row["n"], *cells, f"{row['turns']:.1f}"))
         ood = [row for row in rows if row["ood"]]
-        mean = lambda c: (lambda v: sum(v) / len(v) if v else None)([r[c] for r in ood if r[c] is not None])
-        lines.append(f"| **{name}** | **mean ood** | {sum(r['n'] for r in ood)} | " + " | ".join(f"**{percent(mean(c))}**" for c in columns)
-                     + f" | {sum(r['turns'] for r in ood) / len(ood):.1f} |")
+        means = [rate(row[c] for row in ood if row[c] is not None) for c in columns]
+        lines.append(line(f"**{name}**", "**mean ood**", sum(row["n"] for row in ood), *(f"**{percent(m)}**" for m in means),
+                          f"{rate(row['turns'] for row in ood):.1f}"))
     return "\n".join(lines)
 
 
 def report(folder, cfg, models, episodes):
     """results.json, report.md, curves.png and episodes.png of a run folder. Returns what is printed."""
-    names, differences = list(models), {}
-    for key in ("final", "first", "repair_fixed"):
-        if len(names) > 1:
-            differences[key] = paired_difference(models[names[-1]], models[names[0]], key)
-    text = table(models) + "\n"
-    for key, found in differences.items():
+    first, last = list(models)[0], list(models)[-1]
+    text, differences = table(models) + "\n", {}
+    for key in ("final", "first", "repair_fixed") if first != last else ():
+        found = differences[key] = paired_difference(models[last], models[first], key)
         if found:
-            text += f"\n{names[-1]} - {names[0]}, out of distribution, {key.replace('_', ' ')}: {100 * found[0]:+.1f} points [{100 * found[1]:+.1f}, {100 * found[2]:+.1f}]"
+            mean, low, high = (f"{100 * x:+.1f}" for x in found)
+            text += f"\n{last} - {first}, out of distribution, {key.replace('_', ' ')}: {mean} points [{low}, {high}]"
     rows = [{"task": cfg.task, "method": name, "seed": cfg.seed, **row} for name, rows in models.items() for row in rows]
     write_file(folder / "results.json", json.dumps({"rows": rows, "differences": differences}, indent=1) + "\n")
-    write_file(folder / "report.md", f"# {folder.name}\n\n`{cfg.eval.splits}` splits, percent, greedy unless said; brackets: 95 % intervals.\n\n{text}\n")
+    about = f"`{cfg.eval.splits}` splits; percent; greedy unless said; brackets: 95 % intervals; paired over maps."
+    write_file(folder / "report.md", f"# {folder.name}\n\n{about}\n\n{text}\n")
     curves(folder)
-    film_strip(folder / "episodes.png", episodes, f"{folder.name}: each attempt, drawn on the image and shown to the model")
+    film_strip(folder / "episodes.png", episodes, f"{folder.name}: each attempt is drawn on the image and shown to the model")
     return text
+
+
+def curves(folder):
+    """curves.png from metrics.jsonl: a panel a quantity."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    taught, steps = [m for m in lines if "loss" in m], [m for m in lines if m["stage"] == "rl"]
+    series = lambda lines, *keys: {k: ([m["step"] for m in lines], [m.get(k) for m in lines]) for k in keys}
+    panels = [("SFT loss, nats a token", series(taught, "loss"))]
+    if steps:
+        turns = [{t: n / max(1, sum(m["turns"].values())) for t, n in m["turns"].items()} | {"step": m["step"]} for m in steps]
+        panels += [(title, series(steps, *keys.split())) for title, keys in {
+            "reward": "reward", "accuracy, fresh starts": "first final", "repair after a roll-in prefix": "rollin_repair",
+            "commits, well-formed": "commit well_formed", "entropy, nats a token": "entropy", "KL to the SFT model": "kl",
+            "gradient norm": "grad_norm", "share of groups kept, of roll-ins": "kept rollins",
+            "buffer: share wrong": "buffer_wrong", "buffer: age, steps": "buffer_age"}.items()]
+        panels.append(("turns, fresh starts", series(turns, *sorted({t for m in steps for t in m["turns"]}, key=int))))
+    data_prep.curves(folder / "curves.png", panels)
 
 
 def curves(folder):
@@ -1165,29 +1149,25 @@ def curves(folder):
 
 def film_strip(path, episodes, title):
     """A row an episode: the question, then each attempt drawn, with what the model said. episodes: (task, Episode) pairs."""
-    rows = []
-    for task, e in episodes:
-        shown = [t for t in e.all_turns if t.kind == "answer"]
-        verdicts = ["right" if task.exact(e.example, t.attempt) else "wrong" for t in shown]
-        last = e.all_turns[-1]
-        captions = [re.sub(r"\s*(</?\w+>)\s*", r"\1", t.text) for t in shown]
-        if captions and last not in shown:
-            captions[-1] += "  then: " + re.sub(r"\s*(</?\w+>)\s*", r"\1", last.text)
-        rows.append({"label": e.example["id"], "images": [task.image(e.example), *(task.feedback(e.example, t.attempt) for t in shown)],
-                     "captions": [task.question(e.example)[0], *captions], "verdicts": ["", *verdicts]})
+    rows, tidy = [], lambda text: re.sub(r"\s*(</?\w+>)\s*", r"\1", text)
+    for task, episode in episodes:
+        attempts, last = [t for t in episode.all_turns if t.kind == "answer"], episode.all_turns[-1]
+        captions = [tidy(t.text) for t in attempts]
+        if attempts and last is not attempts[-1]:
+            captions[-1] += "  then " + tidy(last.text)
+        rows.append({"label": episode.example["id"], "captions": [task.question(episode.example)[0], *captions],
+                     "images": [task.image(episode.example), *(task.feedback(episode.example, t.attempt) for t in attempts)],
+                     "verdicts": ["", *(("wrong", "right")[task.exact(episode.example, t.attempt)] for t in attempts)]})
     data_prep.film_strip(path, rows, title)
 
 
 def choose(task, episodes, count=6):
-    """A few episodes worth looking at: repairs first, then first answers that were right, then failures; out of distribution."""
+    """A few episodes worth looking at, the farthest out of distribution first: repairs, a right first answer, a failure."""
     pool = [e for name in reversed(task.SPLITS) for e in episodes[name]]
-    right = lambda e, n: bool(e.attempts) and task.exact(e.example, e.attempts[n])
-    repaired = [e for e in pool if not right(e, 0) and right(e, -1) and len(e.attempts) < 6]
-    at_once = [e for e in pool if right(e, 0) and e.committed]
-    failed = [e for e in pool if e.attempts and not right(e, -1)]
-    spread = lambda found, n: found[:: max(1, len(found) // n)][:n] if n else []
-    chosen = spread(repaired, count - 2) + spread(at_once, 1) + spread(failed, 1)
-    return [(task, e) for e in (chosen or pool[:count])]
+    repaired = [e for e in pool if not solved(task, e, 0) and solved(task, e) and len(e.attempts) < 6]
+    at_once, failed = [e for e in pool if solved(task, e, 0) and e.committed], [e for e in pool if not solved(task, e)]
+    spread = lambda found, n: found[:: max(1, len(found) // n)][:n]
+    return [(task, e) for e in (*spread(repaired, count - 2), *spread(at_once, 1), *spread(failed, 1))]
 
 
 # ======================================================================================================
@@ -1203,13 +1183,15 @@ class Log:
         self.metrics = open(folder / "metrics.jsonl", "a")
 
     def __call__(self, line):
-        self.metrics.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}) + "\n")
+        line = {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}
+        self.metrics.write(json.dumps(line) + "\n")
         self.metrics.flush()
 
     def stage(self, name, **figures):
         """One line in timing.jsonl, on screen as well."""
         seconds, self.started = time.time() - self.started, time.time()
-        line = {"stage": name, "seconds": round(seconds, 1), "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, **figures}
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        line = {"stage": name, "seconds": round(seconds, 1), "peak_memory_mb": memory, **figures}
         with open(self.folder / "timing.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         print(f"{name}: {seconds:.0f} s", *(f"{k} {v}" for k, v in figures.items()), file=sys.stderr)
@@ -1219,30 +1201,35 @@ def open_run(folder, flat):
     """Make the run's folder and write its exact settings. False if it holds these settings' finished run."""
     settings = {k: v for k, v in flat.items() if k not in ("run", "runs", "data", "mode", "threads")}
     old = folder / "settings.yaml"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if old.is_file():
-            before = yaml.safe_load(old.read_text())
-            changed = [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]
-            if changed:
-                raise UserError(f"{folder} holds a run with other settings ({'; '.join(changed[:4])}): give run=ANOTHER_NAME or remove it")
-            if (folder / "results.json").is_file():
-                return False
-        write_file(old, yaml.safe_dump(settings, sort_keys=False))
-        for name in ("metrics.jsonl", "timing.jsonl"):
-            (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): free it, or give runs=ANOTHER_FOLDER") from None
-    write_file(folder / "run.json", json.dumps({
-        "started": time.strftime("%Y-%m-%d %H:%M:%S"), "host": platform.node(), "machine": platform.machine(), "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    if old.is_file():
+        before = yaml.safe_load(old.read_text())
+        changed = [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]
+        if changed:
+            raise UserError(f"{folder} holds a run with other settings ({'; '.join(changed[:4])}): "
+                            "give run=ANOTHER_NAME or remove it")
+        if (folder / "results.json").is_file():
+            return False
+    write_file(old, yaml.safe_dump(settings, sort_keys=False))
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        (folder / name).unlink(missing_ok=True)
+    about = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "host": platform.node(), "machine": platform.machine(),
+             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+             "torch": torch.__version__, "transformers": transformers.__version__}
+    write_file(folder / "run.json", json.dumps(about, indent=1) + "\n")
     return True
 
 
+def part(flat, *sections):
+    """A key of the settings in these sections: what they decide is kept under it and shared by runs that agree in them."""
+    decides = {k: v for k, v in flat.items() if k.split(".")[0] in sections}
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
+
+
 def sft_model(cfg, flat, task):
-    """The SFT model of these settings, trained now or by an earlier run: every method with the same SFT settings shares it."""
-    decides = {k: v for k, v in flat.items() if k.split(".")[0] in ("task", "model", "seed", "nav", "protocol", "policy", "sft", "device")}
-    folder = Path(cfg.runs) / f"sft-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]}"
+    """(policy, folder) of the SFT model, trained now or by an earlier run: methods with the same SFT settings share it."""
+    key = part(flat, "task", "model", "seed", "nav", "protocol", "policy", "sft", "device")
+    folder = Path(cfg.runs) / f"sft-{key}"
     if not (folder / "model" / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -1255,12 +1242,11 @@ def sft_model(cfg, flat, task):
     return load_policy(folder / "model", cfg), folder
 
 
-def evaluated(folder, policy, task, cfg, flat, fixed=None):
-    """`evaluate`, kept in the model's folder under the settings that decide it."""
-    decides = {k: v for k, v in flat.items() if k.split(".")[0] in ("seed", "eval", "device")} | {"fixed": fixed}
-    file = folder / f"evaluation-{hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]}.json"
+def evaluated(folder, policy, task, cfg, flat):
+    """(rows, fixed) of the SFT model, kept in its folder."""
+    file = folder / f"evaluation-{part(flat, 'eval')}.json"
     if not file.is_file():
-        rows, fixed, _ = evaluate(policy, task, cfg, fixed, "evaluate SFT")
+        rows, fixed, _ = evaluate(policy, task, cfg, title="evaluate sft")
         write_file(file, json.dumps({"rows": rows, "fixed": fixed}))
     found = json.loads(file.read_text())
     return found["rows"], found["fixed"]
@@ -1268,7 +1254,8 @@ def evaluated(folder, policy, task, cfg, flat, fixed=None):
 
 def train(cfg, flat, words):
     """SFT, then RL, then evaluation: the method's row decides which parts do anything."""
-    folder = Path(cfg.runs) / (cfg.run or "-".join([cfg.task, cfg.method, f"seed{cfg.seed}"] + [cfg.profile] * (cfg.profile != "default")))
+    profile = "" if cfg.profile == "default" else "-" + cfg.profile
+    folder = Path(cfg.runs) / (cfg.run or f"{cfg.task}-{cfg.method}-seed{cfg.seed}{profile}")
     if not open_run(folder, flat):
         print((folder / "report.md").read_text())
         return
@@ -1286,7 +1273,8 @@ def train(cfg, flat, words):
     log = Log(folder)
     if cfg.rl.steps:
         rl(policy, base, task, cfg, log)
-        log.stage("rl", rollouts_per_second=round(cfg.rl.steps * cfg.rl.questions * cfg.rl.samples / (time.time() - log.started), 1))
+        sampled = cfg.rl.steps * cfg.rl.questions * cfg.rl.samples
+        log.stage("rl", rollouts_per_second=round(sampled / (time.time() - log.started), 1))
     rows, _, episodes = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}")
     models[cfg.method] = rows
     log.stage(f"evaluate {cfg.method}")
@@ -1298,7 +1286,8 @@ def main(words):
     if any(w in ("-h", "--help", "help") for w in words):
         print(__doc__.split("\n\n")[0] + "\n\nusage: python vrrl.py [key=value ...]\n")
         for key, (default, allowed, sentence) in settings_table()[0].items():
-            print(f"  {key}={default if not isinstance(default, bool) else ['no', 'yes'][default]}\n      {sentence} ({shown(allowed)})")
+            default = ("no", "yes")[default] if isinstance(default, bool) else default
+            print(f"  {key}={default}\n      {sentence} ({shown(allowed)})")
         return
     cfg, flat = read_config(words)
     torch.set_num_threads(cfg.threads or os.cpu_count())
@@ -1306,11 +1295,6 @@ def main(words):
         return train(cfg, flat, words)
     task = TASKS[cfg.task](cfg)
     folder = Path(cfg.runs) / (cfg.run or f"{cfg.mode}-{Path(cfg.model).name}")
-    if cfg.mode == "see":
-        folder.mkdir(parents=True, exist_ok=True)
-        policy = Policy(*build_embedded(cfg.seed), dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, freeze_vision=False)))
-        see(policy, task, cfg, Log(folder))
-        return save_policy(policy, cfg.model)
     policy = load_policy(cfg.model, cfg)
     folder.mkdir(parents=True, exist_ok=True)
     rows, _, episodes = evaluate(policy, task, cfg)
@@ -1323,20 +1307,30 @@ def main(words):
 
 
 def data_prep_main(words):
-    """`python data_prep.py navigation key=value ...`: make the data folder alone."""
+    """`python data_prep.py NAME [key=value ...]`: a task's data folder, or the embedded model, alone."""
     name, *rest = words or [""]
-    if name not in TASKS:
-        raise UserError(f"'{name}' is not a data set; one of: {', '.join(TASKS)}")
-    print(TASKS[name](read_config(rest)[0]).folder)
+    cfg, _ = read_config(rest)
+    torch.set_num_threads(cfg.threads or os.cpu_count())
+    if name == "embedded":
+        data_prep.make_embedded(HERE / cfg.model, cfg)
+    elif name in TASKS:
+        print(TASKS[name](cfg).folder)
+    else:
+        raise UserError(f"'{name}' is not something to make; one of: {', '.join(TASKS)}, embedded")
 
 
 def run_main(function, words):
-    """Run `function(words)`; a UserError or bad data becomes one line and exit code 2."""
+    """Run `function(words)`; what the user can mend becomes one line and exit code 2."""
     try:
         function(words)
     except (UserError, data_prep.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        message = error
+    except OSError as error:  # a folder that cannot be written, a full disk
+        message = f"{error.filename or 'writing'}: {error.strerror}; free it, or choose another folder with runs= or data="
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 if __name__ == "__main__":

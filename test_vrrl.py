@@ -1,0 +1,1227 @@
+"""Properties that vrrl.py and data_prep.py must keep. Run `pytest -q`: two minutes on two cores, no network, no trained weights.
+
+The policy under test is the embedded model with random weights, or the same after a few SFT steps (`taught`), so that
+it keeps to the protocol and its conversations have several turns. The command line is run once (`smoke`).
+"""
+import copy
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import data_prep
+import vrrl
+
+torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
+MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}
+LAKE = ["SFF", "FHF", "FFG"]  # two shortest ways, of four moves: around the hole
+EXACT = "right right down down"
+
+
+# ---------------------------------------------------------------- fixtures and helpers
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("vrrl")
+
+
+@pytest.fixture(scope="session")
+def cfg(home):
+    return settings(home)
+
+
+@pytest.fixture(scope="session")
+def task(cfg):
+    return vrrl.Navigation(cfg, show=False)
+
+
+@pytest.fixture(scope="session")
+def policy(cfg):
+    return vrrl.Policy(*vrrl.build_embedded(0), cfg)
+
+
+@pytest.fixture(scope="session")
+def lessons():
+    """What SFT of `taught` logged, a dict a step."""
+    return []
+
+
+@pytest.fixture(scope="session")
+def taught(cfg, task, lessons):
+    """A policy that has seen the smoke demonstrations a few times: it keeps to the protocol and solves little."""
+    policy = vrrl.Policy(*vrrl.build_embedded(0), cfg)
+    traces = [vrrl.demonstration(policy, task, e) for e in task.load("sft")]
+    vrrl.supervise(policy, vrrl.shuffled(traces, 8, random.Random(0)), 60, 3e-3, lessons.append, "sft")
+    return policy
+
+
+def settings(home, *words):
+    return vrrl.read_config(["profile=smoke", f"data={home / 'data'}", *words])[0]
+
+
+def with_settings(policy, **changes):
+    """The same model under other `policy` settings."""
+    cfg = policy.cfg
+    return vrrl.Policy(policy.model, policy.tokenizer, policy.processor, dataclasses.replace(cfg, policy=dataclasses.replace(cfg.policy, **changes)))
+
+
+def turns(task, *texts):
+    return [vrrl.Turn([], [], (), *vrrl.parse_turn(task, text), text) for text in texts]
+
+
+def answer(moves):
+    return f"<ANSWER>{moves}</ANSWER>"
+
+
+def revise(moves):
+    return f"<THINK>hole</THINK><ANSWER>{moves}</ANSWER>"
+
+
+def final(moves):
+    return f"<FINAL>{moves}</FINAL>"
+
+
+def scripted(policy, task, example, *texts):
+    """An episode in which the assistant says these texts; all its tokens are trained."""
+    return vrrl.demonstration(policy, task, {**example, "turns": [{"text": text, "loss": True} for text in texts]})
+
+
+def demonstrations(policy, task, least=2, count=8):
+    """SFT traces as episodes of at least so many turns."""
+    return [vrrl.demonstration(policy, task, e) for e in task.load("sft") if len(e["turns"]) >= least][:count]
+
+
+def rolled_in(policy, task, example, wrong="up", **changes):
+    """The start of a roll-in after one attempt."""
+    episode = scripted(policy, task, example, answer(wrong))
+    return dataclasses.replace(episode, replayed=episode.turns, turns=[], **changes)
+
+
+def talkative(monkeypatch, seed=0):
+    """Every finished turn counts as another random attempt, so that conversations last until the limit."""
+    rng = random.Random(seed)
+    monkeypatch.setattr(vrrl, "parse_turn", lambda task, text: ("answer", "hole", tuple(rng.choices(list(MOVES), k=rng.randint(1, 9)))))
+
+
+def pictures_of(policy, pictures):
+    """The library's own input for these pictures: pixel_values and image_grid_thw."""
+    return policy.processor(images=[Image.fromarray(p.pixels) for p in pictures], return_tensors="pt")
+
+
+@torch.no_grad()
+def library_logits(policy, episode):
+    """Logits (L, V) of one plain forward of the library's model over a whole conversation."""
+    ids = torch.tensor([[*episode.opening, *episode.rest]])
+    images = pictures_of(policy, [*episode.opening_pictures, *episode.rest_pictures])
+    return policy.model(input_ids=ids, mm_token_type_ids=ids.eq(policy.image_id).int(), pixel_values=images["pixel_values"],
+                        image_grid_thw=images["image_grid_thw"]).logits[0]
+
+
+def library_log_probs(policy, episode):
+    """What `log_probs` should give: softmax over the tokens that may be sampled, at the sampling temperature."""
+    logits = library_logits(policy, episode) / policy.temperature
+    logits[:, policy.banned] = -torch.inf
+    logp, ids, head = logits.log_softmax(-1), [*episode.opening, *episode.rest], len(episode.opening)
+    return torch.stack([logp[head + c - 1, ids[head + c]] for c, _ in episode.actions])
+
+
+def furthest(one, other):
+    """Largest difference between two lists of tensors of the same shapes."""
+    one, other = [torch.as_tensor(x) for x in one], [torch.as_tensor(x) for x in other]
+    assert [x.shape for x in one] == [x.shape for x in other]
+    return max((a - b).abs().max().item() for a, b in zip(one, other) if a.numel())
+
+
+def recorded(episode):
+    """Log-probs noted while sampling, of the tokens that may be trained."""
+    return torch.tensor([logp for t in episode.turns for logp, on in zip(t.logps, t.trained) if on])
+
+
+def fails(capsys, words, function=vrrl.main):
+    """Run a command in this process that must fail as a user's mistake; returns its one line."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        vrrl.run_main(function, ["threads=1", *words])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+# ---------------------------------------------------------------- settings
+
+
+@pytest.mark.parametrize("word, said", [
+    ("sed=3", "nearest: seed"), ("rl.step=3", "nearest: rl.steps"), ("lr=1", "nearest: "), ("steps", "key=value"), ("--seed", "key=value"),
+    ("seed=three", "seed=three is not allowed"), ("rl.steps=1.5", "0 to 1000000"), ("seed=", "not allowed"), ("seed=-1", "0 to 1000000"),
+    ("rl.rtm_share=1.01", "0 to 1"), ("rl.lr=nan", "0 to 1"), ("rl.lr=inf", "0 to 1"), ("rl.samples=1", "2 to 256"),
+    ("rl.std_norm=maybe", "yes, no"), ("task=chess", "allowed: navigation"), ("method=ppo", "sft"), ("profile=huge", "default, smoke"),
+    ("mode=play", "train, eval"), ("rl.prefix_mask=some", "none, random, expected"), ("device=tpu", "auto, cpu, cuda"),
+])
+def test_a_wrong_setting_is_one_clear_line(capsys, word, said):
+    line = fails(capsys, [word])
+    assert said in line and word.split("=")[0] in line
+
+
+@pytest.mark.parametrize("model", ["nowhere", "assets/nowhere", "/tmp", "./no/folder", ""])
+def test_a_model_that_is_no_model_folder_is_one_clear_line(capsys, home, task, model):
+    assert f"model={model}" in fails(capsys, ["profile=smoke", f"data={home / 'data'}", f"runs={home / 'runs-none'}", "mode=eval", f"model={model}"])
+
+
+def test_a_model_folder_with_broken_files_is_one_clear_line(capsys, home, task, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    assert "cannot be loaded" in fails(capsys, ["profile=smoke", f"data={home / 'data'}", f"runs={tmp_path / 'runs'}", "mode=eval", f"model={tmp_path}"])
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "see"])
+def test_a_runs_folder_that_cannot_be_made_is_one_clear_line(capsys, home, task, policy, tmp_path, mode):
+    vrrl.save_policy(policy, tmp_path / "model")
+    (tmp_path / "file").write_text("in the way")
+    line = fails(capsys, ["profile=smoke", f"data={home / 'data'}", f"runs={tmp_path / 'file' / 'runs'}", f"mode={mode}", f"model={tmp_path / 'model'}"])
+    assert str(tmp_path / "file") in line
+
+
+def test_a_data_folder_that_cannot_be_made_is_one_clear_line(capsys, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    assert str(tmp_path / "file") in fails(capsys, ["profile=smoke", f"data={tmp_path / 'file' / 'data'}", f"runs={tmp_path / 'runs'}"])
+
+
+def test_every_method_and_profile_is_a_row_that_builds():
+    spec, config = vrrl.settings_table()
+    for name in ("method", "profile"):
+        assert set(config[name + "s"]) == set(spec[name][1].split("|"))
+    for method, profile in itertools.product(config["methods"], config["profiles"]):
+        cfg, flat = vrrl.read_config([f"method={method}", f"profile={profile}"])
+        expected = {**config["profiles"][profile], **config["methods"][method]}
+        assert {k: flat[k] for k in expected} == expected and (cfg.method, cfg.rl.steps) == (method, flat["rl.steps"])
+
+
+def test_every_default_is_allowed_and_explained():
+    for key, (default, allowed, sentence) in vrrl.settings_table()[0].items():
+        assert vrrl.check_value(key, default, (default, allowed, sentence)) == default and sentence
+
+
+def test_the_command_line_overrides_the_rows():
+    assert vrrl.read_config(["rl.steps=7", "method=sft", "profile=smoke"])[0].rl.steps == 7
+
+
+def test_help_names_every_setting(capsys):
+    vrrl.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"  {key}=" in text for key in vrrl.settings_table()[0])
+
+
+# ---------------------------------------------------------------- data
+
+
+def breadth_first(layout, start):
+    """Least moves from `start` to the goal, or None; written anew, forwards, to check data_prep against."""
+    queue, seen = deque([(start, 0)]), {start}
+    while queue:
+        (r, c), steps = queue.popleft()
+        if layout[r][c] == "G":
+            return steps
+        for dr, dc in MOVES.values():
+            at = r + dr, c + dc
+            if 0 <= at[0] < len(layout) and 0 <= at[1] < len(layout[0]) and layout[at[0]][at[1]] != "H" and at not in seen:
+                seen.add(at)
+                queue.append((at, steps + 1))
+
+
+def elf(layout):
+    return next((r, c) for r, row in enumerate(layout) for c, kind in enumerate(row) if kind == "S")
+
+
+def places(layout, moves):
+    """Cells entered up to the first move off the grid or into a hole, and whether there was none."""
+    at, cells = elf(layout), []
+    for move in moves:
+        at = at[0] + MOVES[move][0], at[1] + MOVES[move][1]
+        if not (0 <= at[0] < len(layout) and 0 <= at[1] < len(layout[0])) or layout[at[0]][at[1]] == "H":
+            return cells, False
+        cells.append(at)
+    return cells, True
+
+
+def random_attempts(count=1500):
+    """(layout, moves): aimless ones, shortest paths, and near misses."""
+    rng = random.Random(0)
+    for _ in range(count):
+        layout = data_prep.random_layout(rng, rng.randint(3, 7))
+        path = data_prep.sample_shortest_path(layout, rng)
+        yield layout, tuple(rng.choice([path, path + rng.choices(list(MOVES), k=2), path[:-1] + rng.choices(list(MOVES), k=2),
+                                        data_prep.corrupt(layout, path, rng), rng.choices(list(MOVES), k=rng.randint(1, 9))]))
+
+
+def test_exact_agrees_with_a_breadth_first_search(task):
+    seen = Counter()
+    for layout, moves in random_attempts():
+        cells, legal = places(layout, moves)
+        expected = legal and layout[cells[-1][0]][cells[-1][1]] == "G" and len(moves) == breadth_first(layout, elf(layout))
+        assert task.exact({"layout": layout}, moves) == expected, (layout, moves)
+        seen[expected] += 1
+    assert min(seen.values()) > 200
+
+
+def test_progress_agrees_with_a_breadth_first_search(task):
+    for layout, moves in random_attempts():
+        optimal = breadth_first(layout, elf(layout))
+        left = [optimal] + [breadth_first(layout, cell) for cell in places(layout, moves)[0]]
+        good = next((n for n in range(1, len(left)) if left[n] >= left[n - 1]), len(left)) - 1
+        expected = 0 if good == optimal and len(moves) > optimal else good / optimal
+        assert task.progress({"layout": layout}, moves) == pytest.approx(expected), (layout, moves)
+
+
+def test_the_same_seed_makes_the_same_bytes_and_another_does_not(tmp_path):
+    made = dict(train_maps=40, sft_traces=16, test_maps=4, dev_maps=4, progress=False)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        data_prep.make_navigation(tmp_path / name, seed=seed, **made)
+    a, b, c = ({p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*") if p.is_file()} for n in "abc")
+    assert a == b and a.keys() == c.keys() and a[Path("train.jsonl")] != c[Path("train.jsonl")]
+
+
+def test_no_map_is_used_twice_and_demonstrations_are_of_training_maps(home, tmp_path):
+    crowded = vrrl.Navigation(settings(home, f"data={tmp_path}", "nav.test_maps=150", "nav.dev_maps=150"), show=False)  # 3x3 maps are few
+    maps = [tuple(e["layout"]) for split in splits() for e in crowded.load(split)]
+    assert len(set(maps)) == len(maps)
+    assert {tuple(e["layout"]) for e in crowded.load("sft")} <= {tuple(e["layout"]) for e in crowded.load("train")}
+
+
+def splits():
+    return ["train"] + [f"{part}_{kind}" for part in ("test", "dev") for kind in ("id", "size", "look", "both")]
+
+
+def test_every_map_is_solvable(task):
+    assert all(breadth_first(e["layout"], elf(e["layout"])) for split in splits() for e in task.load(split))
+
+
+@pytest.mark.parametrize("split", splits())
+def test_a_split_has_its_sizes_and_looks(task, split):
+    kind, examples = split.split("_")[-1], task.load(split)
+    sizes, looks = {len(e["layout"]) for e in examples}, {e["look"] for e in examples}
+    assert sizes == ({6, 7} if kind in ("size", "both") else {3, 4, 5})
+    assert "snow" not in looks if kind in ("look", "both") else looks == {"snow"}
+    assert all(task.image(e).size == (len(e["layout"]) * 16,) * 2 for e in examples)
+
+
+def test_demonstrations_keep_to_the_protocol_and_end_exact(task):
+    for e in task.load("sft"):
+        said = turns(task, *(t["text"] for t in e["turns"]))
+        assert vrrl.well_formed(task, said) and task.exact(e, said[-1].attempt)
+        assert not any(task.exact(e, t.attempt) for t in said[:-2])
+
+
+def test_feedback_is_the_image_with_something_drawn_on_it(task):
+    for e in task.load("test_both"):
+        image, drawn = task.image(e), task.feedback(e, ("up", "right"))
+        assert image.size == drawn.size and np.any(np.asarray(image) != np.asarray(drawn))
+
+
+def test_attempts_that_differ_are_drawn_differently(task):
+    e = {**task.load("train")[0], "layout": None}
+    e["layout"] = next(x for x in task.load("train") if len(x["layout"]) == 5)["layout"]
+    e["image"] = next(x for x in task.load("train") if x["layout"] == e["layout"])["image"]
+    seen = {}
+    for length in (1, 2, 3):
+        for moves in itertools.product(MOVES, repeat=length):
+            cells, at = [], elf(e["layout"])
+            for m in moves:  # the drawing stops where the path leaves the grid
+                at = at[0] + MOVES[m][0], at[1] + MOVES[m][1]
+                cells.append(at)
+                if not (0 <= at[0] < 5 and 0 <= at[1] < 5):
+                    break
+            seen.setdefault(task.feedback(e, moves).tobytes(), set()).add(tuple(cells))
+    assert all(len(paths) == 1 for paths in seen.values())
+
+
+@pytest.mark.parametrize("look", data_prep.LOOKS)
+def test_a_move_off_the_grid_is_drawn_in_its_own_colour(look):
+    layout = ["SF", "FG"]
+    alert = lambda moves: np.all(np.asarray(data_prep.draw_path(data_prep.draw_grid(layout, look), (2, 2), (0, 0), moves, look))
+                                 == data_prep.LOOKS[look].alert, -1)
+    assert not alert(["right", "down"]).any()
+    up, left, later = alert(["up"]), alert(["left"]), alert(["right", "right"])
+    assert up.any() and left.any() and later.any() and (up != left).any() and (later != up).any()
+
+
+def test_the_embedded_tokenizer_knows_every_word(policy, task):
+    said = [w for _, q, a in data_prep.see_batch(random.Random(0), 400) for w in (q, a)]
+    said += [t["text"] for e in task.load("sft") for t in e["turns"]] + [policy.cfg.protocol.question, policy.cfg.protocol.feedback]
+    assert not any(policy.tokenizer.unk_token_id in policy.encode(text) for text in said)
+
+
+@pytest.mark.parametrize("line, reason", [
+    ("{not json", "JSON"), ('["a"]', "JSON object"), ('{"id": "x"}', '"image"'), ('{"id": "x", "image": "none.png"}', "does not exist"),
+    ('{"id": "x", "image": "../../../etc/passwd"}', "leaves"), ('{"id": "x", "image": "data.json"}', "layout"),
+    ('{"id": "x", "image": "data.json", "layout": ["SH", "HG"]}', "no way"), ('{"id": "x", "image": "data.json", "layout": ["SX", "FG"]}', "letters"),
+])
+def test_a_bad_line_of_data_is_named_by_file_and_line(capsys, home, task, tmp_path, line, reason):
+    shutil.copytree(task.folder, tmp_path / task.folder.name)
+    file = tmp_path / task.folder.name / "train.jsonl"
+    good = file.read_text().splitlines()
+    file.write_text("\n".join([*good[:2], line, *good[3:]]))
+    other = vrrl.Navigation(settings(home, f"data={tmp_path}"))
+    said = fails(capsys, [], lambda words: other.load("train"))
+    assert f"{file}:3:" in said and reason in said
+
+
+def test_a_missing_data_file_and_a_broken_image_are_one_clear_line(capsys, home, task, tmp_path):
+    shutil.copytree(task.folder, tmp_path / task.folder.name)
+    other = vrrl.Navigation(settings(home, f"data={tmp_path}"))
+    example = other.load("train")[0]
+    (other.folder / example["image"]).write_bytes(b"\x89PNG broken")
+    assert example["image"] in fails(capsys, [], lambda words: other.image(example))
+    (other.folder / "train.jsonl").unlink()
+    assert "train.jsonl" in fails(capsys, [], lambda words: other.load("train"))
+
+
+# ---------------------------------------------------------------- turns and the protocol
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("<ANSWER>up, left</ANSWER>", ("answer", None, ("up", "left"))), (" <ANSWER> UP\nleft </ANSWER>\n", ("answer", None, ("up", "left"))),
+    ("<THINK>hole</THINK><ANSWER>up</ANSWER>", ("answer", "hole", ("up",))), ("<THINK></THINK> <ANSWER>up</ANSWER>", ("answer", "", ("up",))),
+    ("<FINAL>up</FINAL>", ("final", None, ("up",))), ("<THINK>x</THINK><FINAL>up</FINAL>", ("final", "x", ("up",))),
+    ("<THINK>a\nb < c</THINK><ANSWER>up</ANSWER>", ("answer", "a\nb < c", ("up",))),
+    ("<THINK>x</THINK><ANSWER></ANSWER>", ("bad", "x", None)), ("<ANSWER>north</ANSWER>", ("bad", None, None)),
+    *((text, ("bad", None, None)) for text in [
+        "", "up", "<ANSWER></ANSWER>", "<ANSWER>up", "up</ANSWER>", "<ANSWER>up</FINAL>", "<ANSWER>up</ANSWER><FINAL>up</FINAL>", "<THINK>x</THINK>",
+        "<ANSWER>up</ANSWER> done", "so <ANSWER>up</ANSWER>", "<ANSWER>up</ANSWER><THINK>x</THINK>", "<THINK>x</THINK><THINK>x</THINK><ANSWER>up</ANSWER>",
+        "<ANSWER><ANSWER>up</ANSWER></ANSWER>", "<THINK><ANSWER>up</ANSWER></THINK><ANSWER>up</ANSWER>", "<THINK>x<ANSWER>up</ANSWER>",
+        "<ANSWER>up</ANSWER><ANSWER>up</ANSWER>", "<answer>up</answer>", "<ANSWER>up1</ANSWER>", "<ANSWER>٣ up</ANSWER>", "<ANSWER>, ,</ANSWER>"]),
+])
+def test_a_turn_is_parsed_as_the_protocol_says(task, text, expected):
+    assert vrrl.parse_turn(task, text) == expected
+
+
+def test_any_sampled_ids_parse_without_an_exception(policy, task):
+    rng, kinds, n = random.Random(0), Counter(), policy.banned.shape[0]
+    tags, words = [policy.encode(t)[0] for t in vrrl.TAGS], [policy.encode(m)[0] for m in MOVES]
+    for _ in range(10_000):  # some near the protocol, some any ids at all
+        pool = rng.choice([range(n), [*words, *tags], words])
+        ids = [*rng.choices(tags, k=rng.randint(0, 1)), *rng.choices(pool, k=rng.randint(0, 12)), *rng.choices(tags, k=rng.randint(0, 1)), policy.end_id]
+        kind, thought, attempt = vrrl.parse_turn(task, policy.decode(ids))
+        assert (attempt is None) == (kind == "bad")
+        kinds[kind] += 1
+    assert set(kinds) == {"answer", "final", "bad"}
+
+
+@pytest.mark.parametrize("text", [
+    "<THINK>" * 5000, "<THINK>" * 2000 + "</THINK>" * 2000, "<ANSWER>" + "up " * 50_000, "<" * 50_000, "<THINK>" + "<" * 50_000 + "</THINK>",
+    "<THINK>" + "a " * 50_000 + "</THINK><ANSWER>up</ANSWER>", answer("up " * 50_000), answer("up," * 50_000 + "x"), "<ANSWER>" + "١٢٣" * 20_000 + "</ANSWER>",
+    "<THINK>x</THINK>" * 3000, " " * 4000 + "x", "<THINK>x</THINK>" + " " * 4000 + "x", answer("up") + " " * 4000 + "x",
+], ids=range(13))
+def test_pathological_turns_are_parsed_quickly(task, text):
+    started = time.perf_counter()
+    vrrl.parse_turn(task, text)
+    assert time.perf_counter() - started < 1
+
+
+PROTOCOL = [  # (well-formed, its turns)
+    (True, answer("up"), final("up")), (True, answer("up"), revise("left"), final("left")), (True, answer("up"), revise("left"), revise("down"), final("down")),
+    (True, answer("up, left"), final("up left")),
+    (False,), (False, final("up")), (False, answer("up")), (False, answer("up"), revise("left")),      # no attempt; no FINAL
+    (False, revise("up"), final("up")), (False, answer("up"), answer("left"), final("left")),            # THINK in turn 1; none in a revision
+    (False, answer("up"), revise("up"), final("up")), (False, answer("up"), revise("left"), revise("up"), final("up")),  # repeated
+    (False, answer("up"), final("left")), (False, answer("up"), revise("left"), final("up")),            # commits something else than the last
+    (False, answer("up"), "<THINK>x</THINK>" + final("up")), (False, answer("up"), final("up"), final("up")), (False, answer("up"), final("up"), revise("left")),
+    (False, answer("up"), "nonsense"), (False, "nonsense", final("up")), (False, answer(""), final("")), (False, answer("up"), "<THINK>x</THINK>", final("up")),
+]
+
+
+@pytest.mark.parametrize("good, texts", [(good, texts) for good, *texts in PROTOCOL])
+def test_well_formed_is_what_the_protocol_says(task, good, texts):
+    assert vrrl.well_formed(task, turns(task, *texts)) == good
+
+
+def test_an_unfinished_episode_is_well_formed_while_it_can_still_end_well(task):
+    for good, *texts in PROTOCOL:
+        said = turns(task, *texts)
+        if good:
+            assert all(vrrl.well_formed(task, said[:n], unfinished=True) for n in range(len(said) + 1))
+        for n in range(len(said)):  # and never after a prefix that cannot
+            ends = [[*said[:n + 1], *turns(task, *rest)] for rest in ([], [final(" ".join(said[n].attempt or ["up"]))])]
+            if not vrrl.well_formed(task, said[:n + 1], unfinished=True):
+                assert not any(vrrl.well_formed(task, end) for end in ends)
+
+
+# ---------------------------------------------------------------- reward
+
+
+def reward(task, cfg, *texts, stored=0, **changes):
+    said = turns(task, *texts)
+    episode = vrrl.Episode({"id": "x", "layout": LAKE}, [], None, replayed=said[:stored], turns=said[stored:])
+    return vrrl.reward(task, episode, dataclasses.replace(cfg.reward, **changes))
+
+
+REWARDS = [  # progress: right 1/4, right right 1/2, right right down 3/4, up 0
+    ("exact at once", 1.0, answer(EXACT), final(EXACT)),
+    ("exact by the other way", 1.0, answer("down down right right"), final("down down right right")),
+    ("wrong then right", 1 + 0.1 * 0.75 - 0.01, answer("right"), revise(EXACT), final(EXACT)),
+    ("worse then right", 1 + 0.1 * (1 - 0.5 * 0.5) - 0.02, answer("right right"), revise("up"), revise(EXACT), final(EXACT)),
+    ("reflection is clipped at one", 1 + 0.1 - 0.03, answer("up"), revise("right right down"), revise("left"), revise(EXACT), final(EXACT)),
+    ("wrong at once", 0.1, answer("right"), final("right")),
+    ("wrong then better", 0.1 + 0.9 * 0.5, answer("right"), revise("right right down"), final("right right down")),
+    ("wrong then worse", 0.1, answer("right"), revise("up"), final("up")),
+    ("right then wrong", 0.1, answer(EXACT), revise("right"), final("right")),
+    ("off the grid", 0.1, answer("up"), final("up")), ("off the grid, then to the goal", 0.1, answer("up " + EXACT), final("up " + EXACT)),
+    ("into the hole", 0.1, answer("right down right down"), final("right down right down")),
+    ("overshoot", 0.1, answer(EXACT + " up"), final(EXACT + " up")), ("overshoot off the grid", 0.1, answer(EXACT + " down"), final(EXACT + " down")),
+    ("an overshoot has no progress", 0.1 + 0.9 * 0.25, answer(EXACT + " up"), revise("right"), final("right")),
+    ("a longer way", 0.1, answer("right left " + EXACT), final("right left " + EXACT)),
+    ("exact, uncommitted", 0.0, answer(EXACT)), ("repeated", 0.0, answer("right"), revise("right"), final("right")),
+    ("commits another than the last", 0.0, answer(EXACT), revise("right"), final(EXACT)), ("malformed", 0.0, answer(EXACT), "nonsense"),
+    ("final alone", 0.0, final(EXACT)),
+]
+
+
+@pytest.mark.parametrize("expected, texts", [row[1:2] + (row[2:],) for row in REWARDS], ids=[row[0] for row in REWARDS])
+def test_reward_is_what_the_method_says(task, cfg, expected, texts):
+    assert reward(task, cfg, *texts) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("expected, texts", [row[1:2] + (row[2:],) for row in REWARDS], ids=[row[0] for row in REWARDS])
+def test_reward_without_reflection_is_the_outcome_only(task, cfg, expected, texts):
+    assert reward(task, cfg, *texts, reflection=False) == (0.0 if expected == 0 else 1.0 if expected >= 1 else 0.1)
+
+
+def test_reward_of_a_roll_in_counts_its_stored_attempts(task, cfg):
+    for _, _, *texts in REWARDS:
+        assert len({reward(task, cfg, *texts, stored=n) for n in range(len(texts))}) == 1
+
+
+def test_reward_settings_weigh_its_parts(task, cfg):
+    assert reward(task, cfg, answer("right"), revise(EXACT), final(EXACT), bonus=0.4, revision_cost=0.03) == pytest.approx(1 + 0.4 * 0.75 - 0.03)
+    assert reward(task, cfg, answer("right"), final("right"), form=0.02) == pytest.approx(0.02)
+    assert reward(task, cfg, answer("right right"), revise("up"), revise("right right down"), final("right right down"), worse=1) == pytest.approx(0.1 + 0.9 * 0.25)
+
+
+# ---------------------------------------------------------------- policy
+
+
+def test_a_conversation_has_the_ids_of_the_chat_template(policy, task):
+    check_template(policy, task)
+    cfg = dataclasses.replace(policy.cfg, protocol=dataclasses.replace(policy.cfg.protocol, system="say the path", question="check the path", feedback="find it"))
+    other = vrrl.Navigation(cfg)
+    check_template(vrrl.Policy(policy.model, policy.tokenizer, policy.processor, cfg), other)
+
+
+def check_template(policy, task):
+    text, picture, words = (lambda t: {"type": "text", "text": t}), {"type": "image"}, policy.cfg.protocol
+    for e in demonstrations(policy, task, 3, 4):
+        talk = [{"role": "system", "content": [text(words.system)]}] if words.system else []
+        for n, turn in enumerate(e.turns):
+            talk += [{"role": "user", "content": [picture, text(words.feedback)] if n else [text(words.question), picture]},
+                     {"role": "assistant", "content": [text(turn.text)]}]
+        pieces = policy.tokenizer.apply_chat_template(talk, tokenize=False).split("<|image_pad|>")
+        sizes = [p.rows * p.cols for p in (*e.opening_pictures, *e.rest_pictures)]
+        whole = "".join(piece + "<|image_pad|>" * size for piece, size in itertools.zip_longest(pieces, sizes, fillvalue=0) if piece != 0)
+        assert len(pieces) == len(sizes) + 1 and policy.tokenizer.encode(whole, add_special_tokens=False) == [*e.opening, *e.rest]
+
+
+def test_images_and_unknown_ids_have_no_probability(policy):
+    logp = policy.log_softmax(torch.randn(5, 128))
+    assert policy.image_id in policy.banned.nonzero() and policy.end_id not in policy.banned.nonzero()
+    banned = [policy.image_id, policy.tokenizer.pad_token_id, *range(len(policy.tokenizer), logp.shape[1]),
+              *policy.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"])]
+    assert torch.isneginf(logp[:, banned]).all() and torch.allclose(logp.exp().sum(-1), torch.ones(5))
+    allowed = [policy.end_id, *(i for word in [*vrrl.TAGS, *vrrl.WORDS] for i in policy.encode(word))]
+    assert torch.isfinite(logp[:, allowed]).all()
+
+
+def test_only_what_may_be_sampled_is_sampled(policy, task):
+    hot = with_settings(policy, temperature=10.0)
+    found = vrrl.play(hot, task, [vrrl.begin(hot, task, e) for e in task.load("train")[:8]], 8, 1, torch.Generator().manual_seed(0))
+    ids = torch.tensor([i for e in found for i in e.rest])
+    assert not hot.banned[ids].any() and len(ids.unique()) > 20
+
+
+@pytest.mark.parametrize("size", [(48, 48), (80, 48), (50, 37), (16, 16), (7, 100)], ids=str)
+def test_pictures_reach_the_vision_tower_as_from_the_library(policy, monkeypatch, size):
+    rng, seen = np.random.default_rng(0), []
+    images = [Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(3)]
+    real = policy.model.model.get_image_features
+    monkeypatch.setattr(policy.model.model, "get_image_features", lambda x, grid, **kw: seen.append((x, grid)) or real(x, grid, **kw))
+    with torch.no_grad():
+        policy.look([policy.picture(i) for i in images])
+    expected = policy.processor(images=images, return_tensors="pt")
+    assert torch.equal(seen[0][1], expected["image_grid_thw"]) and furthest([seen[0][0]], [expected["pixel_values"]]) < 1e-5
+
+
+@torch.no_grad()
+def test_pictures_of_mixed_sizes_keep_their_order(policy):
+    rng = np.random.default_rng(0)
+    pictures = [policy.picture(Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))) for h, w in ((48, 64), (32, 32), (64, 48), (48, 64), (32, 32))]
+    images = pictures_of(policy, pictures)
+    expected = policy.model.model.get_image_features(images["pixel_values"], images["image_grid_thw"], return_dict=True).pooler_output
+    assert furthest([f for f, _ in policy.look([*pictures, pictures[0]])], [*expected, expected[0]]) < 1e-5
+    assert [p.rows * p.cols for p in pictures] == [len(f) for f in expected]
+
+
+def test_positions_are_the_librarys(policy, task):
+    rng = np.random.default_rng(0)
+    a, b = (policy.picture(Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))) for h, w in ((48, 80), (96, 32)))  # wide, then high
+    head, between = policy.prompt("find the path", "check it")
+    ids = [*policy.place(head, a), *policy.encode(answer(EXACT)), policy.end_id, *policy.place(between, b), *policy.encode("up")]
+    batch = torch.tensor([ids])
+    expected, _ = policy.model.model.get_rope_index(batch, batch.eq(policy.image_id).int(), image_grid_thw=pictures_of(policy, [a, b])["image_grid_thw"])
+    found, advance = policy.positions(ids, iter([(a.rows, a.cols), (b.rows, b.cols)]))
+    assert np.array_equal(found, expected[:, 0].numpy()) and advance == expected.max() + 1
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_reading_turn_by_turn_equals_one_plain_forward(policy, task, grad):
+    episodes = demonstrations(policy, task, 4, 2) + demonstrations(policy, task, 2, 1)  # rows of different length and number of turns
+    with torch.set_grad_enabled(grad):
+        context, hidden = vrrl.Context(len(episodes), policy.device), [[] for _ in episodes]
+        parts = [[(e.opening, e.opening_pictures)] + [p for t in e.turns for p in ((t.ids, []), (t.feedback, [t.picture] if t.picture else []))] for e in episodes]
+        for step in itertools.zip_longest(*parts, fillvalue=([], [])):
+            if any(ids for ids, _ in step):
+                out = policy.extend(context, [ids for ids, _ in step], [p for _, seen in step for p in seen])
+                for row, (ids, _) in enumerate(step):
+                    hidden[row].append(out[row, : len(ids)])
+    for e, found in zip(episodes, hidden):
+        logits = policy.model.get_output_embeddings()(torch.cat(found)).detach()
+        assert furthest([logits], [library_logits(policy, e)]) < 1e-4
+
+
+def test_reading_token_by_token_equals_one_plain_forward(policy, task):
+    episodes = demonstrations(policy, task, 3, 2)
+    with torch.no_grad():
+        context = vrrl.Context(2, policy.device)
+        policy.extend(context, [e.opening for e in episodes], [p for e in episodes for p in e.opening_pictures])
+        for column in range(max(len(e.turns[0].ids) for e in episodes)):
+            on = torch.tensor([column < len(e.turns[0].ids) for e in episodes])
+            policy.read_token(context, torch.tensor([e.turns[0].ids[column] if ok else 0 for e, ok in zip(episodes, on.tolist())]), on)
+        logits = policy.model.get_output_embeddings()(context.last)
+    expected = [library_logits(policy, e)[len(e.opening) + len(e.turns[0].ids) - 1] for e in episodes]
+    assert furthest(list(logits), expected) < 1e-4
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_log_probs_equal_those_of_the_librarys_forward(policy, task, temperature):
+    policy = with_settings(policy, temperature=temperature)
+    for e in demonstrations(policy, task, 3, 3):
+        assert furthest([policy.log_probs([e])[0][0].detach()], [library_log_probs(policy, e)]) < 1e-4
+
+
+def test_batched_log_probs_equal_those_of_single_episodes(policy, task):
+    episodes = [vrrl.demonstration(policy, task, e) for e in task.load("sft")[:12]]
+    assert len({len(e.rest) for e in episodes}) > 3 and len({len(e.opening) for e in episodes}) > 1
+    for part in (0, 1):  # log-probs, entropies
+        assert furthest([x.detach() for x in policy.log_probs(episodes)[part]], [policy.log_probs([e])[part][0].detach() for e in episodes]) < 1e-4
+
+
+def sampled(policy, task, monkeypatch, samples=3, max_turns=3, count=3):
+    """Several-turn episodes from fresh starts and from roll-in prefixes, with and without a forced <THINK>."""
+    talkative(monkeypatch)
+    examples = task.load("train")
+    starts = [vrrl.begin(policy, task, e) for e in examples[:count]]
+    starts += [rolled_in(policy, task, e, force_think=n % 2 == 0) for n, e in enumerate(examples[count:2 * count])]
+    return vrrl.play(policy, task, starts, samples, max_turns, torch.Generator().manual_seed(0))
+
+
+def test_recorded_log_probs_equal_recomputed_ones(taught, task, monkeypatch):
+    policy = with_settings(taught, max_new=40, temperature=0.8)
+    episodes = sampled(policy, task, monkeypatch)
+    assert sum(len(e.turns) == 3 for e in episodes) >= 6 and any(e.replayed and len(e.turns) == 3 for e in episodes)
+    assert furthest([l.detach() for l in policy.log_probs(episodes)[0]], [recorded(e) for e in episodes]) < 1e-4
+    assert furthest([library_log_probs(policy, e) for e in episodes], [recorded(e) for e in episodes]) < 1e-4
+
+
+def test_sharing_a_groups_opening_changes_neither_log_probs_nor_gradients(taught, task, monkeypatch):
+    episodes, results = sampled(taught, task, monkeypatch), []
+    for group in (1, 3):
+        taught.model.zero_grad()
+        logps, _ = taught.log_probs(episodes, group)
+        sum((n + 1) * l.sum() for n, l in enumerate(logps)).backward()
+        results.append((logps, [p.grad.clone() for p in taught.model.parameters() if p.grad is not None]))
+    taught.model.zero_grad()
+    (a, da), (b, db) = results
+    assert furthest([x.detach() for x in a], [x.detach() for x in b]) < 1e-4 and furthest(da, db) < 1e-3 * max(g.abs().max() for g in da)
+
+
+def test_greedy_play_in_a_batch_equals_play_one_by_one(taught, task):
+    starts = [vrrl.begin(taught, task, e) for e in task.load("train")[:8]] + [rolled_in(taught, task, e, force_think=True) for e in task.load("test_size")[:4]]
+    together = vrrl.play(taught, task, starts, 1, 4, None, greedy=True)
+    alone = [vrrl.play(taught, task, [s], 1, 4, None, greedy=True)[0] for s in starts]
+    assert [e.rest for e in together] == [e.rest for e in alone] and len({len(e.turns) for e in together}) > 1
+
+
+def test_play_groups_its_samples_by_start_and_leaves_the_starts_alone(taught, task):
+    examples = task.load("train")[:3]
+    starts = [vrrl.begin(taught, task, e) for e in examples]
+    episodes = vrrl.play(taught, task, starts, 4, 2, torch.Generator().manual_seed(0))
+    assert [e.example["id"] for e in episodes] == [x["id"] for x in examples for _ in range(4)]
+    assert not any(s.turns for s in starts) and len({id(e.turns) for e in episodes}) == 12
+
+
+def test_play_follows_a_turn_with_the_picture_of_its_attempt(taught, task):
+    for e in vrrl.play(taught, task, [vrrl.begin(taught, task, x) for x in task.load("train")[:4]], 4, 3, torch.Generator().manual_seed(0)):
+        for n, t in enumerate(e.turns):
+            assert t.ids.count(taught.end_id) <= 1 and len(t.ids) == len(t.logps) == len(t.trained) <= taught.cfg.policy.max_new
+            if n + 1 < len(e.turns):
+                assert t.kind == "answer" and np.array_equal(t.picture.pixels, np.asarray(task.feedback(e.example, t.attempt)))
+            else:
+                assert t.picture is None and not t.feedback and (t.kind != "answer" or n + 1 == 3)
+
+
+def test_a_turn_that_is_cut_off_is_bad(taught, task):
+    short = with_settings(taught, max_new=4)  # <ANSWER> and three moves: no room for the end
+    assert all([t.kind for t in e.turns] == ["bad"] for e in vrrl.play(short, task, [vrrl.begin(short, task, e) for e in task.load("test_size")], 2, 3, torch.Generator()))
+
+
+def test_training_play_ends_where_the_reward_is_lost(taught, task, monkeypatch):
+    monkeypatch.setattr(vrrl, "parse_turn", lambda task, text: ("answer", None, ("up",)))  # a revision without THINK
+    start = [vrrl.begin(taught, task, task.load("train")[0])]
+    for training, expected in ((True, 2), (False, 3)):
+        episodes = vrrl.play(taught, task, start, 8, 3, torch.Generator().manual_seed(0), training=training)
+        assert max(len(e.turns) for e in episodes) == expected
+
+
+def test_a_frozen_vision_tower_gets_no_gradient_and_a_free_one_does(policy, task):
+    for frozen in (True, False):
+        policy.freeze_vision(frozen)
+        policy.model.zero_grad()
+        torch.cat(policy.log_probs(demonstrations(policy, task, 3, 2))[0]).sum().backward()
+        grads = [p.grad for p in policy.model.model.visual.parameters() if p.grad is not None and p.grad.abs().max() > 0]
+        assert bool(grads) != frozen
+    policy.model.zero_grad()
+
+
+# ---------------------------------------------------------------- loss
+
+
+class Chooses:
+    """A random.Random whose every draw of k is this one."""
+
+    def __init__(self, k):
+        self.k = k
+
+    def randint(self, low, high):
+        assert low <= self.k <= high
+        return self.k
+
+
+def leaf(*shape, seed=0):
+    return (-torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)).requires_grad_()
+
+
+def gradient(logp, weights, advantage=0.7, kl=0.0, reference=None, rollouts=4):
+    loss = vrrl.policy_loss([logp], [logp.detach() if reference is None else reference], [advantage], [torch.as_tensor(weights, dtype=torch.float64)], kl, rollouts)
+    return torch.autograd.grad(loss, logp)[0]
+
+
+def test_masked_turns_get_no_gradient_and_the_others_what_they_get_unmasked(policy, task):
+    e = demonstrations(policy, task, 4, 1)[0]
+    e = scripted(policy, task, e.example, *(t.text for t in e.turns))
+    number = torch.tensor([t for _, t in e.actions])
+    logp = leaf(len(number))
+    plain = gradient(logp, vrrl.turn_weights(e, "none", None))
+    assert torch.allclose(plain, torch.full_like(plain, -0.7 / 4))
+    for k in range(1, len(e.turns) + 1):
+        found = gradient(logp, vrrl.turn_weights(e, "random", Chooses(k)))
+        assert torch.all(found[number < k] == 0) and torch.equal(found[number >= k], plain[number >= k]) and (number >= k).any()
+
+
+def test_expected_masking_is_the_average_of_random_masking(policy, task):
+    """In the gradient, not only in the weights: it would fail if the loss were divided by the unmasked tokens."""
+    for e in demonstrations(policy, task, 2, 10):
+        logp = leaf(len(e.actions))
+        over_k = torch.stack([gradient(logp, vrrl.turn_weights(e, "random", Chooses(k))) for k in range(1, len(e.turns) + 1)])
+        assert torch.allclose(over_k.mean(0), gradient(logp, vrrl.turn_weights(e, "expected", None)))
+
+
+def test_the_first_unmasked_turn_is_drawn_evenly_from_all_turns(policy, task):
+    e = demonstrations(policy, task, 4, 1)[0]
+    e = scripted(policy, task, e.example, *(t.text for t in e.turns))
+    rng = random.Random(0)
+    firsts = Counter(next(t for w, (_, t) in zip(vrrl.turn_weights(e, "random", rng), e.actions) if w) for _ in range(4000))
+    assert set(firsts) == {1, 2, 3, 4} and all(abs(n - 1000) < 130 for n in firsts.values())
+
+
+@pytest.mark.parametrize("mask", ["none", "random", "expected"])
+def test_a_roll_in_is_not_masked_and_only_its_sampled_tokens_are_actions(taught, task, monkeypatch, mask):
+    for e in sampled(taught, task, monkeypatch):
+        if e.replayed:
+            assert set(vrrl.turn_weights(e, mask, random.Random(0))) == {1.0}
+            forced = len(taught.encode("<THINK>")) if e.force_think else 0
+            at = list(itertools.accumulate((len(t.ids) + len(t.feedback) for t in e.turns), initial=0))
+            assert [c for c, _ in e.actions] == [at[n] + i for n, t in enumerate(e.turns) for i in range(forced if n == 0 else 0, len(t.ids))]
+
+
+@pytest.mark.parametrize("std_norm", [False, True])
+def test_advantages_of_a_group_sum_to_zero(std_norm):
+    a = vrrl.advantages(torch.rand(7, 5, dtype=torch.float64), std_norm)
+    assert torch.allclose(a.sum(1), torch.zeros(7, dtype=torch.float64)) and a.abs().min() > 0
+
+
+def test_the_baseline_is_the_mean_of_the_others():
+    rewards = torch.rand(3, 4, dtype=torch.float64)
+    expected = torch.tensor([[row[i] - (row.sum() - row[i]) / 3 for i in range(4)] for row in rewards], dtype=torch.float64)
+    assert torch.allclose(vrrl.advantages(rewards), expected)
+
+
+def test_std_norm_divides_by_the_groups_deviation():
+    rewards = torch.rand(3, 4, dtype=torch.float64)
+    assert torch.allclose(vrrl.advantages(rewards, True), vrrl.advantages(rewards) / rewards.std(1, keepdim=True), atol=1e-4)
+
+
+@pytest.mark.parametrize("group, kept", [(2, 1), (3, 1), (2, 2)])
+def test_the_mean_gradient_is_exact_on_a_bandit(group, kept):
+    """Two turns, 3 x 2 actions, all groups of rollouts enumerated: E[gradient of the loss] = - gradient of E[R], of the turns from `kept` on."""
+    first, second = leaf(3, seed=1), leaf(3, 2, seed=2)
+    rewards = torch.tensor([[1.0, 0.2], [0.0, 0.7], [0.1, 0.4]], dtype=torch.float64)
+    logp1, logp2 = first.log_softmax(0), second.log_softmax(1)
+    logp = lambda a, b: torch.stack([logp1[a], logp2[a, b]])
+    trajectories = list(itertools.product(range(3), range(2)))
+    value = sum(logp(a, b).sum().exp() * rewards[a, b] for a, b in trajectories)
+    truth = list(torch.autograd.grad(value, [first, second], retain_graph=True))
+    if kept == 2:  # a mask that is the same for all rollouts: first answers leave the loss
+        truth[0] = torch.zeros(3, dtype=torch.float64)
+    mask = torch.tensor([float(kept == 1), 1.0], dtype=torch.float64)
+    mean = 0.0
+    for chosen in itertools.product(trajectories, repeat=group):
+        logps = [logp(a, b) for a, b in chosen]
+        advantage = vrrl.advantages(torch.stack([rewards[a, b] for a, b in chosen])[None])[0]
+        weight = sum(l.sum() for l in logps).exp().detach()
+        mean = mean + weight * vrrl.policy_loss(logps, logps, advantage.tolist(), [mask] * group, 0.0, group)
+    found = torch.autograd.grad(mean, [first, second], allow_unused=True)
+    assert furthest([torch.zeros_like(t) if f is None else -f for f, t in zip(found, truth)], truth) < 1e-6
+
+
+def test_the_kl_term_is_zero_at_the_reference_and_pulls_back_to_it():
+    reference = leaf(6).detach()
+    same = reference.clone().requires_grad_()
+    assert vrrl.policy_loss([same], [reference], [0.0], [torch.zeros(6)], 0.5, 1).item() == 0 and gradient(same, torch.zeros(6), kl=0.5, reference=reference).abs().max() == 0
+    away = (reference + torch.tensor([0.5, -0.3, 0.1, -0.2, 1.0, -0.6])).requires_grad_()
+    r = (reference - away).exp()  # pi_SFT / pi
+    assert vrrl.policy_loss([away], [reference], [0.0], [torch.zeros(6)], 0.5, 1).item() == pytest.approx(0.5 * (r - r.log() - 1).sum().item())
+    # Descent lowers what is above the reference and raises what is below; masked tokens (weight 0) included.
+    assert torch.equal(gradient(away, torch.zeros(6), advantage=0.0, kl=0.5, reference=reference).sign(), (away - reference).sign())
+
+
+def test_micro_batches_sum_to_the_batchs_loss():
+    logps, refs, weights = [leaf(n, seed=n) for n in (3, 5, 2, 4)], [leaf(n, seed=n + 9).detach() for n in (3, 5, 2, 4)], [torch.rand(n).double() for n in (3, 5, 2, 4)]
+    loss = lambda at: vrrl.policy_loss(logps[at], refs[at], [0.3, -1.0, 0.5, 0.2][at], weights[at], 0.1, 8)
+    assert torch.allclose(loss(slice(0, 1)) + loss(slice(1, 4)), loss(slice(0, 4)))
+
+
+# ---------------------------------------------------------------- roll-ins
+
+
+def buffer(cfg, **changes):
+    return vrrl.RollInBuffer(dataclasses.replace(cfg.buffer, **{"start": 1, "max_attempts": 2, "per_question": 3, **changes}))
+
+
+@pytest.fixture(scope="session")
+def wrong(policy, task):
+    """Episodes whose four attempts are all wrong, of different questions."""
+    return [scripted(policy, task, e, answer("up up up"), revise("up up down"), revise("down up down"), revise("down up up"), final("down up up")) for e in task.load("train")[:8]]
+
+
+@pytest.fixture(scope="session")
+def right(policy, task):
+    """Episodes that are exact at once."""
+    said = [(e, e["turns"][-2]["text"]) for e in task.load("sft") if len(e["turns"]) == 2][:8]
+    return [scripted(policy, task, e, text, text.replace("ANSWER", "FINAL")) for e, text in said]
+
+
+def test_the_buffer_is_first_in_first_out(cfg, task, wrong):
+    stored = buffer(cfg, size=3)
+    for step, e in enumerate(wrong[:5]):
+        stored.add(task, e, step, random.Random(0))
+    assert [(r.step, r.start.example["id"]) for r in stored.entries] == [(n, wrong[n].example["id"]) for n in (2, 3, 4)]
+
+
+def test_the_buffer_keeps_few_prefixes_of_one_question(cfg, task, wrong):
+    stored = buffer(cfg, size=4, per_question=2)
+    for e in [wrong[0]] * 5:
+        stored.add(task, e, 0, random.Random(0))
+    assert len(stored.entries) == 2
+    for e in wrong[1:4]:
+        stored.add(task, e, 0, random.Random(0))
+    assert len(stored.entries) == 4  # full: the first of the two has left
+    stored.add(task, wrong[0], 0, random.Random(0))
+    assert stored.entries[-1].start.example["id"] == wrong[0].example["id"]  # there is room again
+
+
+def test_stale_prefixes_are_not_drawn(cfg, task, wrong):
+    stored = buffer(cfg, max_age=10)
+    for step, e in enumerate(wrong[:4]):
+        stored.add(task, e, 5 * step, random.Random(0))  # steps 0, 5, 10, 15
+    drawn = lambda step: {s.example["id"] for s in (stored.draw(step, random.Random(n)) for n in range(60)) if s}
+    assert drawn(10) == {e.example["id"] for e in wrong[:4]}
+    assert drawn(20) == {e.example["id"] for e in wrong[2:4]} and drawn(26) == set()
+
+
+def test_roll_ins_start_when_enough_fresh_prefixes_are_stored(cfg, task, wrong):
+    stored = buffer(cfg, start=3, max_age=10)
+    for n, e in enumerate(wrong[:4]):
+        assert (stored.draw(0, random.Random(0)) is None) == (n < 3)
+        stored.add(task, e, 0, random.Random(0))
+    assert stored.draw(10, random.Random(0)) and stored.draw(11, random.Random(0)) is None
+
+
+@pytest.mark.parametrize("share", [0.9, 0.3])
+def test_wrong_prefixes_are_drawn_as_often_as_the_setting_says(cfg, task, wrong, right, share):
+    stored, rng = buffer(cfg, wrong_share=share), random.Random(0)
+    for e in wrong[:2] + right:  # few wrong, many right: the mix must not depend on it
+        stored.add(task, e, 0, rng)
+    drawn = [stored.draw(0, rng) for _ in range(2000)]
+    assert abs(sum(s.force_think for s in drawn) / 2000 - share) < 0.04
+
+
+def test_a_buffer_of_one_kind_only_is_still_drawn_from(cfg, task, right):
+    stored = buffer(cfg, wrong_share=1.0)
+    stored.add(task, right[0], 0, random.Random(0))
+    assert stored.draw(0, random.Random(0)) is not None
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_prefix_has_at_most_so_many_attempts(cfg, task, wrong, most):
+    stored, rng = buffer(cfg, max_attempts=most, per_question=1000), random.Random(0)
+    for _ in range(60):
+        stored.add(task, wrong[0], 0, rng)
+    assert {len(r.start.attempts) for r in stored.entries} == set(range(1, most + 1))
+
+
+def test_only_well_formed_prefixes_of_fresh_episodes_with_a_shown_attempt_enter(cfg, policy, task, wrong):
+    example, rng = task.load("train")[0], random.Random(0)
+    never = [rolled_in(policy, task, example), scripted(policy, task, example, "nonsense"), scripted(policy, task, example, revise("up"), final("up")),
+             scripted(policy, task, example, final("up"))]
+    never[0].turns = scripted(policy, task, example, answer("left"), final("left")).turns  # a roll-in: its fresh turns alone look like an episode
+    unseen = scripted(policy, task, example, answer("up"))
+    unseen.turns[0].picture, unseen.turns[0].feedback = None, ()  # ended at the turn limit: no decision follows
+    stored = buffer(cfg)
+    for e in [*never, unseen] * 4:
+        stored.add(task, e, 0, rng)
+    assert not stored.entries
+    for _ in range(20):  # well-formed up to the first attempt only
+        stored = buffer(cfg)
+        stored.add(task, scripted(policy, task, example, answer("up"), answer("left"), final("left")), 0, rng)
+        assert len(stored.entries[0].start.replayed) == 1
+
+
+def test_a_prefix_is_labelled_by_its_last_attempt_and_forced_to_think_after_a_wrong_one(cfg, policy, task):
+    example = next(e for e in task.load("sft") if len(e["turns"]) == 2)
+    path, found = example["turns"][0]["text"][8:-9], set()
+    e = scripted(policy, task, example, answer("up up up"), revise(path), final(path))
+    stored, rng = buffer(cfg, per_question=100), random.Random(0)
+    for _ in range(30):
+        stored.add(task, e, 7, rng)
+    for r in stored.entries:
+        assert r.right == task.exact(example, r.start.attempts[-1]) == (not r.start.force_think) and r.step == 7
+        found.add(r.right)
+    assert found == {True, False}
+
+
+def test_a_roll_in_goes_on_exactly_where_the_stored_episode_stopped(cfg, taught, task, monkeypatch):
+    talkative(monkeypatch)
+    past = vrrl.play(taught, task, [vrrl.begin(taught, task, e) for e in task.load("train")[:6]], 2, 3, torch.Generator().manual_seed(0))
+    monkeypatch.setattr(vrrl, "well_formed", lambda *args, **kwargs: True)  # the first attempt of `talkative` has a THINK
+    stored, rng = buffer(cfg), random.Random(0)
+    for e in past:
+        before = [len(t.ids) for t in e.turns]
+        stored.add(task, e, 0, rng)
+        assert not e.replayed and [len(t.ids) for t in e.turns] == before  # what will be trained stays whole
+    assert len(stored.entries) >= 8
+    for r in stored.entries:
+        source = next(e for e in past if r.start.replayed[0] is e.turns[0])
+        cut = len(r.start.replayed)
+        upto = sum(len(t.ids) + len(t.feedback) for t in source.turns[:cut])
+        assert r.start.opening == source.opening + source.rest[:upto] and r.start.rest == []
+        assert [id(p) for p in r.start.opening_pictures] == [id(p) for p in [*source.opening_pictures, *source.rest_pictures[:cut]]]
+    for e in vrrl.play(taught, task, [r.start for r in stored.entries], 2, 3, torch.Generator().manual_seed(1)):
+        source = next(p for p in past if p.turns[0] is e.replayed[0])
+        assert e.opening == (source.opening + source.rest)[: len(e.opening)] and not any(t is u for t in e.turns for u in source.turns)
+
+
+def test_a_roll_ins_fresh_turns_get_the_whole_turn_budget(taught, task, monkeypatch):
+    assert max(len(e.turns) for e in sampled(taught, task, monkeypatch) if e.replayed) == 3
+
+
+def test_a_forced_think_has_the_learnt_ids_and_is_not_an_action(taught, task, monkeypatch):
+    forced = taught.encode("<THINK>")
+    learnt = next(t.ids for e in demonstrations(taught, task, 3) for t in e.turns if t.thought is not None)
+    assert learnt[: len(forced)] == forced
+    for e in sampled(with_settings(taught, temperature=10.0), task, monkeypatch):  # so hot that it seldom says <THINK> by itself
+        first = e.turns[0]
+        assert first.trained[: len(forced)] == [not e.force_think] * len(forced) and all(first.trained[len(forced):]) and all(all(t.trained) for t in e.turns[1:])
+        assert not e.force_think or first.ids[: len(forced)] == forced
+    free = [e.turns[0].ids[: len(forced)] == forced for e in sampled(with_settings(taught, temperature=10.0), task, monkeypatch) if not e.force_think]
+    assert not all(free)
+
+
+# ---------------------------------------------------------------- SFT
+
+
+def test_turns_that_are_shown_and_not_taught_have_no_actions(policy, task):
+    seen = Counter()
+    for record in task.load("sft"):
+        e = vrrl.demonstration(policy, task, record)
+        taught = [[t.ids[i] for i in range(len(t.ids)) if t.trained[i]] for t in e.turns]
+        assert len(e.actions) == sum(map(len, taught))
+        for turn, ids, given in zip(e.turns, taught, record["turns"]):
+            expected = {True: turn.ids, False: [], "think": policy.encode(f"<THINK>{turn.thought}</THINK>")}[given["loss"]]
+            assert ids == expected and turn.ids == [*policy.encode(given["text"]), policy.end_id]
+            seen[given["loss"]] += 1
+    assert set(seen) == {True, False, "think"}
+
+
+def test_wrong_answers_are_never_taught(policy, task):
+    for record in task.load("sft"):
+        e = vrrl.demonstration(policy, task, record)
+        for n, turn in enumerate(e.turns, 1):
+            if not task.exact(record, turn.attempt):
+                at = turn.ids.index(policy.encode("<ANSWER>")[0])
+                assert not any(turn.trained[at:])
+
+
+def test_sft_lowers_the_loss(taught, lessons):
+    mean = lambda part: sum(m["loss"] for m in part) / len(part)
+    assert mean(lessons[-5:]) < 0.6 * mean(lessons[:5]) and lessons[0]["step"] == 1
+
+
+def test_passes_over_the_items_are_whole_and_in_new_orders():
+    lists = vrrl.shuffled(list(range(10)), 4, random.Random(0))
+    passed = [i for _ in range(10) for i in next(lists)]
+    assert all(sorted(passed[n:n + 10]) == list(range(10)) for n in (0, 10, 20, 30)) and passed[:10] != passed[10:20]
+
+
+# ---------------------------------------------------------------- RL
+
+
+@pytest.mark.parametrize("kl", [0.0, 0.1])
+def test_rl_gives_every_rollout_its_own_advantage_mask_and_reference(home, taught, task, monkeypatch, kl):
+    cfg = settings(home, "rl.steps=3", f"rl.kl={kl}", "rl.rtm_share=0.5", "buffer.start=1", "rl.questions=6", "rl.samples=3", "rl.micro=7", "rl.lr=0.001", "rl.max_turns=3")
+    policy = vrrl.Policy(copy.deepcopy(taught.model), taught.tokenizer, taught.processor, cfg)
+    score = lambda task, e, cfg: sum(e.rest) % 7 / 10 + 0.1  # spread out, so that nearly every group has signal
+    batches, losses, lines, real = [], [], [], (policy.log_probs, vrrl.policy_loss)
+    monkeypatch.setattr(vrrl, "reward", score)
+    monkeypatch.setattr(policy, "log_probs", lambda batch, group: batches.append(batch) or real[0](batch, group))
+    monkeypatch.setattr(vrrl, "policy_loss", lambda *args: losses.append(args) or real[1](*args))
+    vrrl.rl(policy, taught, task, cfg, lines.append)
+    assert len(batches) == len(losses) >= 6 and any(e.replayed for b in batches for e in b)
+    for batch, (logps, refs, advantage, weights, weight, rollouts) in zip(batches, losses):
+        r = [score(task, e, None) for e in batch]
+        others = [sum(r[n // 3 * 3:n // 3 * 3 + 3]) - r[n] for n in range(len(r))]
+        assert advantage == pytest.approx([r[n] - others[n] / 2 for n in range(len(r))], abs=1e-5)
+        assert all(len({id(e.example), *map(id, (x.example for x in batch[n // 3 * 3:n // 3 * 3 + 3]))}) == 1 for n, e in enumerate(batch))
+        assert (weight, rollouts) == (kl, 18)  # all sampled rollouts, whatever is kept or masked
+        assert all(len(l) == len(w) == len(e.actions) for l, w, e in zip(logps, weights, batch))
+        assert all(w.min() == 1 for w, e in zip(weights, batch) if e.replayed)
+        if kl:
+            assert furthest(refs, taught.log_probs(batch)[0]) < 1e-4
+    assert any(w.min() == 0 for _, _, _, weights, _, _ in losses for w in weights)
+    assert abs(lines[0]["kl"]) < 1e-5 < lines[-1]["kl"]  # the policy leaves the reference, which stays
+    assert [m["rollouts"] for m in lines] == [18, 36, 54] and {"reward", "first", "final", "kept", "rollins"} <= set(lines[0])
+
+
+def test_a_vision_tower_in_training_looks_at_every_picture_anew(home, taught, task, monkeypatch):
+    """Roll-in pictures live on over several steps: features that the frozen reference keeps must not reach the policy."""
+    cfg = settings(home, "rl.steps=3", "rl.kl=0.1", "rl.freeze_vision=no", "rl.rtm_share=0.5", "buffer.start=1", "rl.questions=6", "rl.samples=3")
+    policy = vrrl.Policy(copy.deepcopy(taught.model), taught.tokenizer, taught.processor, cfg)
+    score, real, rolled = (lambda task, e, cfg: sum(e.rest) % 7 / 10 + 0.1), policy.log_probs, []
+
+    def log_probs(batch, group):
+        assert all(p.features is None for e in batch for p in (*e.opening_pictures, *e.rest_pictures))
+        rolled.extend(e for e in batch if e.replayed)
+        return real(batch, group)
+
+    monkeypatch.setattr(vrrl, "reward", score)
+    monkeypatch.setattr(policy, "log_probs", log_probs)
+    vrrl.rl(policy, taught, task, cfg, lambda line: None)
+    assert rolled
+
+
+def test_a_step_without_signal_changes_nothing(home, taught, task, monkeypatch):
+    cfg = settings(home, "rl.steps=1", "rl.questions=2", "rl.samples=2")
+    policy = vrrl.Policy(copy.deepcopy(taught.model), taught.tokenizer, taught.processor, cfg)
+    for constant in (0.0, 0.1, 1.0):
+        monkeypatch.setattr(vrrl, "reward", lambda *args: constant)
+        lines = []
+        vrrl.rl(policy, taught, task, cfg, lines.append)
+        assert lines[0]["kept"] == 0
+    assert furthest(policy.model.parameters(), taught.model.parameters()) == 0
+
+
+def test_rl_raises_a_reward_that_is_easy_to_raise(home, taught, task, monkeypatch):
+    """End to end: the sign of the loss, the pairing of rewards and log-probs, and the update. The reward asks for `up` first."""
+    cfg = settings(home, "method=rl", "rl.steps=12", "rl.questions=4", "rl.samples=8", "rl.max_turns=1", "rl.lr=0.003", "rl.micro=32")
+    policy = vrrl.Policy(copy.deepcopy(taught.model), taught.tokenizer, taught.processor, cfg)
+    up, lines = policy.encode("up")[0], []
+    monkeypatch.setattr(vrrl, "reward", lambda task, e, cfg: float(up in e.rest[:3]))
+    vrrl.rl(policy, taught, task, cfg, lines.append)
+    assert lines[-1]["reward"] > 0.85 > 0.7 > lines[0]["reward"]
+
+
+# ---------------------------------------------------------------- evaluation and report
+
+
+def test_a_saved_model_evaluates_to_the_same_numbers(taught, task, cfg, tmp_path):
+    vrrl.save_policy(taught, tmp_path / "model")
+    loaded = vrrl.load_policy(str(tmp_path / "model"), cfg)
+    rows, fixed, _ = vrrl.evaluate(taught, task, cfg)
+    again, fixed_again, _ = vrrl.evaluate(loaded, task, cfg)
+    assert rows == again and fixed == fixed_again and [r["split"] for r in rows] == list(task.SPLITS)
+
+
+def test_evaluation_counts_what_happened(policy, task, home, monkeypatch):
+    """Play is replaced by scripts of known outcome: solved at once, repaired, broken, failed."""
+    cfg = settings(home, "eval.maps=4")
+    paths = {}
+
+    def script(policy, task, starts, samples, max_turns, generator, greedy=False, training=False):
+        episodes = []
+        for n, s in enumerate(starts):
+            path = paths.setdefault(s.example["id"], " ".join(data_prep.sample_shortest_path(s.example["layout"], random.Random(0))))
+            bad = "up down up down up"
+            texts = [[answer(path), final(path)], [answer(bad), revise(path), final(path)], [answer(path), revise(bad)], [answer(bad), final(bad)]][n % 4]
+            texts = [revise(path), final(path)] if s.replayed else texts
+            episodes.append(dataclasses.replace(s, turns=scripted(policy, task, s.example, *texts).turns))
+        return episodes
+
+    monkeypatch.setattr(vrrl, "play", script)
+    rows, fixed, _ = vrrl.evaluate(policy, task, cfg)
+    for row in rows:
+        expected = dict(n=4, first=0.5, final=0.5, committed=0.5, repair_own=0.5, repair_fixed=1.0, n_fixed=2, commit=0.75, turns=2.25, sampled_final=0.5)
+        assert {k: row[k] for k in expected} == expected and row["break"] == 0.5
+        assert row["after_turn"][:2] == [0.5, 0.5] and (row["first_by_map"], row["final_by_map"]) == ("1010", "1100")
+    assert [row["ood"] for row in rows] == [False, True, True, True] and all(len(texts) == 2 for texts in fixed.values())
+
+
+def test_the_paired_difference_is_that_of_the_out_of_distribution_maps():
+    rows = lambda *bits: [{"ood": n > 0, "final_by_map": b} for n, b in enumerate(bits)]
+    old, new = rows("1111", "0000" * 20, "0101" * 20), rows("0000", "1100" * 20, "0101" * 20)
+    middle, low, high = vrrl.paired_difference(new, old, "final")
+    assert middle == pytest.approx(0.25) and low < 0.25 < high and vrrl.paired_difference(old, old, "final") == (0, 0, 0)
+
+
+@pytest.mark.parametrize("right, n, low, high", [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)])
+def test_intervals_are_wilsons(right, n, low, high):
+    assert vrrl.wilson(right / n, n) == pytest.approx((low, high), abs=2e-3)
+
+
+def test_curves_of_a_run_without_any_step_are_drawn(tmp_path):
+    """method=sft sft.steps=0 is allowed: the start model alone, evaluated."""
+    (tmp_path / "metrics.jsonl").write_text("")
+    vrrl.curves(tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+def test_curves_of_a_step_without_fresh_episodes_are_drawn(tmp_path):
+    """With few questions a step, all may be roll-ins; the run must not die after its training."""
+    rest = ("reward", "first", "final", "rollin_repair", "commit", "well_formed", "entropy", "kl", "grad_norm", "kept", "rollins", "buffer_wrong", "buffer_age")
+    lines = [{"stage": "rl", "step": n, "turns": turns, **dict.fromkeys(rest)} for n, turns in enumerate([{"1": 3, "2": 5}, {}, {"2": 8}])]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    vrrl.curves(tmp_path)
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def command(*words):
+    return [sys.executable, str(vrrl.HERE / "vrrl.py"), *map(str, words)]
+
+
+@pytest.fixture(scope="session")
+def smoke(home, taught, task):
+    """The smoke run, twice at the same time into different folders (one thread each, SFT and all)."""
+    vrrl.save_policy(taught, home / "model")
+    words = ["profile=smoke", f"model={home / 'model'}", f"data={home / 'data'}", "device=cpu", "threads=1", "buffer.start=1"]
+    runs = [subprocess.Popen(command(*words, f"runs={home / name}"), cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for name in ("runs", "again")]
+    outputs = [run.communicate(timeout=150) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    return words, home / "runs" / "navigation-vrrl-seed0-smoke", home / "again" / "navigation-vrrl-seed0-smoke", outputs[0]
+
+
+def contents(folder):
+    return {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_run_leaves_its_settings_figures_pictures_and_model(smoke):
+    _, folder, _, (out, _) = smoke
+    names = {"settings.yaml", "metrics.jsonl", "results.json", "report.md", "curves.png", "episodes.png", "timing.jsonl", "run.json", "model"}
+    assert names <= {p.name for p in folder.iterdir()} and not list(folder.rglob("*.tmp"))
+    assert all(Image.open(folder / name).size > (100, 100) for name in ("curves.png", "episodes.png"))
+    for name in ("timing.jsonl", "metrics.jsonl"):
+        assert all(isinstance(json.loads(line), dict) for line in (folder / name).read_text().splitlines())
+    assert "| vrrl | id |" in out and "torch" in json.loads((folder / "run.json").read_text())
+
+
+def test_metrics_hold_every_step_and_results_every_split_of_both_models(smoke):
+    lines = [json.loads(line) for line in (smoke[1] / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["stage"], m["step"]) for m in lines] == [("sft", n) for n in range(1, 5)] + [("rl", n) for n in range(1, 4)]
+    rows = json.loads((smoke[1] / "results.json").read_text())["rows"]
+    assert [(r["method"], r["split"]) for r in rows] == [(m, s) for m in ("sft", "vrrl") for s in vrrl.Navigation.SPLITS]
+
+
+def test_the_same_seed_gives_the_same_bytes(smoke):
+    for name in ("metrics.jsonl", "results.json", "settings.yaml", "model/model.safetensors"):
+        assert (smoke[1] / name).read_bytes() == (smoke[2] / name).read_bytes(), name
+
+
+def test_the_trained_model_is_an_ordinary_hugging_face_folder(smoke, home):
+    folder, sft = smoke[1] / "model", next(smoke[1].parent.glob("sft-*/model"))
+    trained, start = (transformers.AutoModelForImageTextToText.from_pretrained(f) for f in (folder, sft))
+    assert transformers.AutoTokenizer.from_pretrained(folder).encode("<THINK>") == transformers.AutoTokenizer.from_pretrained(home / "model").encode("<THINK>")
+    assert furthest(trained.state_dict().values(), start.state_dict().values()) > 1e-5  # RL moved it
+    visual = lambda model: [v for k, v in model.state_dict().items() if "visual" in k]
+    assert furthest(visual(trained), visual(start)) == 0  # but not the frozen tower
+
+
+def test_the_settings_of_a_run_make_it_again(smoke):
+    import yaml
+    kept = yaml.safe_load((smoke[1] / "settings.yaml").read_text())
+    show = lambda v: {True: "yes", False: "no"}[v] if isinstance(v, bool) else v
+    flat = vrrl.read_config([f"{k}={show(v)}" for k, v in kept.items()])[1]
+    assert {k: flat[k] for k in kept} == kept
+
+
+def test_the_same_command_again_prints_the_table_and_trains_nothing(smoke):
+    words, folder, _, _ = smoke
+    before = contents(folder)
+    run = subprocess.run(command(*words, f"runs={folder.parent}"), cwd=folder.parent.parent, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0 and "| vrrl | id |" in run.stdout and contents(folder) == before
+
+
+def test_a_run_with_other_settings_overwrites_nothing(smoke, capsys):
+    words, folder, _, _ = smoke
+    before = contents(folder.parent)
+    line = fails(capsys, [*words, f"runs={folder.parent}", "rl.lr=0.01"])
+    assert "rl.lr was 0.0003, now 0.01" in line and str(folder) in line and contents(folder.parent) == before
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(home):
+    run = subprocess.run(command("rl.stepz=3"), cwd=home, capture_output=True, text=True, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (2, "", "error: unknown setting 'rl.stepz'; nearest: rl.steps\n")
+
+
+def test_evaluating_a_saved_model_gives_the_runs_figures(smoke, capsys):
+    """What `mode=eval` prints for the run's model are the run's own figures, for all that is played greedily."""
+    words, folder, _, _ = smoke
+    vrrl.main([*words[:1], f"model={folder / 'model'}", *words[2:], f"runs={folder.parent}", "mode=eval"])
+    rows = json.loads((folder.parent / "eval-model" / "results.json").read_text())["rows"]
+    kept = [r for r in json.loads((folder / "results.json").read_text())["rows"] if r["method"] == "vrrl"]
+    same = ("split", "n", "first", "final", "committed", "commit", "turns", "first_by_map", "final_by_map")
+    assert [{k: r[k] for k in same} for r in rows] == [{k: r[k] for k in same} for r in kept]
+    assert "| model | id |" in capsys.readouterr().out
