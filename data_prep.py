@@ -65,7 +65,8 @@ class Look:
     alert: tuple      # where a path leaves the grid; unlike every other colour of the look
 
 
-# Training sees "snow" only. The other three ask whether a skill survives a change of picture.
+# Training sees "snow" and random mixes. The other three ask whether a skill survives a change of picture: their
+# colours are new, and two of them have holes of a shape that no training picture has.
 LOOKS = {
     "snow": Look((238, 245, 250), (200, 214, 224), (72, 142, 206), (36, 92, 152), "disc",
                  (38, 140, 72), (206, 44, 48), (248, 208, 170), (206, 44, 72), (252, 214, 70),
@@ -80,6 +81,33 @@ LOOKS = {
                 (90, 90, 90), (30, 30, 30), (250, 248, 240), (186, 186, 180), (20, 20, 20),
                 (30, 110, 220), (226, 30, 30)),
 }
+
+
+MIXES = tuple(f"mix{n:02d}" for n in range(40))   # random looks, for training
+
+
+@functools.lru_cache(maxsize=256)
+def look_of(name):
+    """The Look of this name: a row of LOOKS, or for one of MIXES random colours that its name decides.
+
+    Training on many colours is what lets a small model meet new ones, as a large one has met all.
+    """
+    if name in LOOKS:
+        return LOOKS[name]
+    if name not in MIXES:
+        raise DataError(f"unknown look {name!r}")
+    rng, used = random.Random(name), []
+
+    def colour():
+        """A random colour, the farthest of a few from those that this look already has."""
+        options = [tuple(rng.randrange(256) for _ in range(3)) for _ in range(8)]
+        used.append(max(options, key=lambda c: min((math.dist(c, u) for u in used), default=0)))
+        return used[-1]
+
+    ground, hole, path, alert = colour(), colour(), colour(), colour()
+    near = lambda c, by: tuple(max(0, min(255, x + by)) for x in c)
+    return Look(ground, near(ground, -30), hole, near(hole, -40), rng.choice(("disc", "square")), colour(), colour(),
+                colour(), colour(), colour(), path, alert)
 
 
 def _draw_hole(draw, look, at):
@@ -120,15 +148,15 @@ def _draw_gift(draw, look, at):
 def _tile(look, cell, kind):
     """Picture of one cell. Drawn 8 times too large and shrunk, for smooth edges; done once."""
     big = 8 * cell
-    tile = Image.new("RGB", (big, big), LOOKS[look].ground)
+    tile = Image.new("RGB", (big, big), look_of(look).ground)
     draw, at = ImageDraw.Draw(tile), lambda *fractions: [round(f * big) for f in fractions]
     if kind != "F":
-        {"H": _draw_hole, "S": _draw_elf, "G": _draw_gift}[kind](draw, LOOKS[look], at)
+        {"H": _draw_hole, "S": _draw_elf, "G": _draw_gift}[kind](draw, look_of(look), at)
     tile = tile.resize((cell, cell), Image.Resampling.BOX)
     line = max(1, cell // 24)
     draw = ImageDraw.Draw(tile)   # lines at the top and left only: neighbours supply the others
-    draw.rectangle((0, 0, cell - 1, line - 1), fill=LOOKS[look].grid)
-    draw.rectangle((0, 0, line - 1, cell - 1), fill=LOOKS[look].grid)
+    draw.rectangle((0, 0, cell - 1, line - 1), fill=look_of(look).grid)
+    draw.rectangle((0, 0, line - 1, cell - 1), fill=look_of(look).grid)
     return tile
 
 
@@ -170,7 +198,7 @@ def draw_path(image, shape, start, moves, look="snow"):
     nothing of holes or goals: whether the path is right is for the model to see.
     """
     image = image.convert("RGB") if image.mode != "RGB" else image.copy()
-    draw, look = ImageDraw.Draw(image), LOOKS[look]
+    draw, look = ImageDraw.Draw(image), look_of(look)
     (rows, columns), (row, column) = shape, start
     width, height = image.width / columns, image.height / rows   # of a cell, pixels
     unit = min(width, height)
@@ -478,9 +506,9 @@ def _plan(train_maps, test_maps, dev_maps):
             plan[f"{part}_{kind}"] = [(sizes[i % len(sizes)], looks[i // len(sizes) % len(looks)])
                                       for i in range(count)]
     small, middle = min(300, train_maps // 10), round(0.3 * train_maps)   # few 3x3 maps exist
-    plan["train"] = [(n, "snow") for n, count in
+    plan["train"] = [(n, "snow" if i % 4 == 0 else MIXES[i % len(MIXES)]) for n, count in
                      ((3, small), (4, middle), (5, train_maps - small - middle))
-                     for _ in range(count)]
+                     for i in range(count)]
     return plan
 
 
@@ -502,7 +530,7 @@ def _draw_records(split, wanted, rng, taken):
              "look": look} for i, (layout, look) in enumerate(records)]
 
 
-def make_navigation(folder, *, seed, train_maps=6000, sft_traces=3000, test_maps=250, dev_maps=150,
+def make_navigation(folder, *, seed, train_maps, sft_traces, test_maps, dev_maps,
                     cell=CELL, progress=True):
     """Write all navigation splits, previews and data.json into `folder`, which must not exist.
 
@@ -646,27 +674,30 @@ def _random_walk(layout, rng, leave):
         row, column = row + MOVES[move][0], column + MOVES[move][1]
 
 
-def see_batch(rng, n, sizes=(3, 4, 5, 6, 7), looks=tuple(LOOKS), cell=CELL):
+def see_batch(rng, n, sizes=(3, 4, 5, 6, 7), looks=(*LOOKS, *MIXES), cell=CELL):
     """n examples (image, question, answer) that teach to see, and nothing about solving.
 
-    The answer names every cell, row by row. On half of the pictures a random path is drawn, and the
-    cells under it have names of their own: a path over ice, a hole, the elf or the gift. A pretrained
-    model has learnt to see elsewhere; the small one, which starts from nothing, has not.
+    A quarter names every cell of a plain picture, row by row. A quarter does so where a random path is
+    drawn: the cells under it have names of their own, a path over ice, a hole, the elf or the gift. Half
+    read the moves of a drawn path. A pretrained model has learnt such things elsewhere; the small one,
+    which starts from nothing, has not.
     """
     batch = []
     for i in range(n):
         size, look = rng.choice(sizes), rng.choice(looks)
         layout = _place(rng, size, round(rng.uniform(0, 0.45) * (size * size - 2)))
-        image, under = draw_grid(layout, look, cell), set()
-        if i % 2:
-            moves, at = _random_walk(layout, rng, leave=rng.random() < 0.15), find_cell(layout, "S")
+        image, under, at = draw_grid(layout, look, cell), set(), find_cell(layout, "S")
+        moves = _random_walk(layout, rng, leave=rng.random() < 0.15)
+        if i % 4:
             image = draw_path(image, (size, size), at, moves, look)
-            for move in ["", *moves]:
-                dr, dc = MOVES.get(move, (0, 0))
+            for dr, dc in [(0, 0), *(MOVES[move] for move in moves)]:
                 at = (at[0] + dr, at[1] + dc)
                 under.add(at)
-        words = [(UNDER_PATH if (r, c) in under else WORDS)[layout[r][c]] for r in range(size) for c in range(size)]
-        batch.append((image, "say the cells", " ".join(words)))
+        if i % 2:
+            batch.append((image, "say the path", " ".join(moves)))
+        else:
+            names = [(UNDER_PATH if (r, c) in under else WORDS)[layout[r][c]] for r in range(size) for c in range(size)]
+            batch.append((image, "say the cells", " ".join(names)))
     return batch
 
 
@@ -755,7 +786,7 @@ def contact_sheet(path, items, columns=4, zoom=3):
     write_image(path, sheet)
 
 
-def film_strip(path, rows, title="", side=150, most=6):
+def draw_strip(path, rows, title="", side=150, most=6):
     """Write episodes as rows of pictures: the question, then each attempt drawn.
 
     rows: dicts with "images" [PIL], "captions" [str] and "verdicts" ["right", "wrong" or ""] of
@@ -817,7 +848,7 @@ def _polyline(draw, points, to_pixel, colour, width):
             run = []
 
 
-def curves(path, panels, columns=3):
+def draw_curves(path, panels, columns=3):
     """Write a grid of line charts. panels: [(title, {series name: (xs, ys)}), ...].
 
     Thin pale lines are the values, thick ones their moving average. None and NaN leave gaps.
@@ -884,6 +915,55 @@ def _span(values):
     return low - pad, high + pad
 
 
-if __name__ == "__main__":
+def film_strip(path, task, episodes, title):
+    """A row an episode: the question, then each attempt drawn, with what the model said."""
+    rows, tidy = [], lambda text: re.sub(r"\s*(</?\w+>)\s*", r"\1", text)
+    for episode in episodes:
+        attempts, last = [t for t in episode.all_turns if t.kind == "answer"], episode.all_turns[-1]
+        captions = [tidy(t.text) for t in attempts]
+        if attempts and last is not attempts[-1]:
+            captions[-1] += "  then " + tidy(last.text)
+        drawn = [task.feedback(episode.example, t.attempt) for t in attempts]
+        verdicts = [("wrong", "right")[task.exact(episode.example, t.attempt)] for t in attempts]
+        rows.append({"label": episode.example["id"], "images": [task.image(episode.example), *drawn],
+                     "captions": [task.question(episode.example)[0], *captions], "verdicts": ["", *verdicts]})
+    draw_strip(path, rows, title)
+
+
+def curves(folder):
+    """curves.png of a run folder, from its metrics.jsonl: a panel a quantity."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    taught, steps = [m for m in lines if "loss" in m], [m for m in lines if m["stage"] == "rl"]
+    series = lambda lines, *keys: {k: ([m["step"] for m in lines], [m.get(k) for m in lines]) for k in keys}
+    panels = [(f"loss of {stage}, nats a token", series([m for m in taught if m["stage"] == stage], "loss"))
+              for stage in dict.fromkeys(m["stage"] for m in taught)]
+    if steps:
+        turns = [{t: n / max(1, sum(m["turns"].values())) for t, n in m["turns"].items()} | {"step": m["step"]}
+                 for m in steps]
+        panels += [(title, series(steps, *keys.split())) for title, keys in {
+            "reward": "reward", "accuracy, fresh starts": "first final", "repair after a roll-in prefix": "rollin_repair",
+            "commits, well-formed": "commit well_formed", "entropy, nats a token": "entropy",
+            "KL to the SFT model": "kl", "gradient norm": "grad_norm", "share of groups kept, of roll-ins": "kept rollins",
+            "buffer: share wrong": "buffer_wrong", "buffer: age, steps": "buffer_age"}.items()]
+        panels.append(("turns, fresh starts", series(turns, *sorted({t for m in steps for t in m["turns"]}, key=int))))
+    draw_curves(folder / "curves.png", panels or [("nothing was trained", {})])
+
+
+def main(words):
+    """`python data_prep.py NAME [key=value ...]`: the data folder of a task, or the embedded model."""
+    import torch
     import vrrl   # here, not above: vrrl imports this file, and only vrrl reads config.yaml
-    vrrl.run_main(vrrl.data_prep_main, sys.argv[1:])
+    name, *rest = words or [""]
+    cfg, _ = vrrl.read_config(rest)
+    torch.set_num_threads(cfg.threads or os.cpu_count())
+    if name == "embedded":
+        make_embedded(vrrl.HERE / cfg.model, cfg)
+    elif name in vrrl.TASKS:
+        print(vrrl.TASKS[name](cfg).folder)
+    else:
+        raise vrrl.UserError(f"'{name}' is not something to make; one of: {', '.join(vrrl.TASKS)}, embedded")
+
+
+if __name__ == "__main__":
+    import vrrl
+    vrrl.run_main(vrrl.data_prep.main, sys.argv[1:])

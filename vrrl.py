@@ -61,12 +61,12 @@ import yaml
 from tqdm import tqdm
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 import data_prep
 
+transformers.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 
 
@@ -182,7 +182,8 @@ class Navigation:
 
     def load(self, split):
         """Examples of `train`, `sft`, `dev_*` or `test_*`: dicts with id, image, layout, look (and turns, for sft)."""
-        return data_prep.read_manifest(self.folder / f"{split}.jsonl", lambda example: data_prep.check_layout(example.get("layout")))
+        check = lambda example: data_prep.check_layout(example.get("layout"))
+        return data_prep.read_manifest(self.folder / f"{split}.jsonl", check)
 
     def question(self, example):
         """The text before the first image, and the text after each feedback image."""
@@ -343,7 +344,7 @@ class Policy:
     # ---- words to ids ----------------------------------------------------------------------------
 
     def encode(self, text):
-        """Token ids, tags apart: a tokenizer may join '>' with what follows, but a forced <THINK> must be the learnt one."""
+        """Token ids; tags apart, since a tokenizer may join '>' with what follows and a forced tag must be the learnt one."""
         pieces = [p for p in TAG.split(text) if p]
         return [i for p in pieces for i in self.tokenizer.encode(p, add_special_tokens=False)]
 
@@ -450,7 +451,7 @@ class Policy:
         return hidden
 
     def run(self, context, embeds, mask, positions, **extra):
-        """The language model on new columns: embeds (B, W, D), mask (B, 1, 1 or W, L + W), positions (3, B, W) -> (B, W, D)."""
+        """The language model on new columns: embeds (B, W, D), mask (B, 1, 1 or W, L + W), positions (3, B, W)."""
         out = self.model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
                                               past_key_values=context.cache, use_cache=True, **extra)
         context.cache.length += embeds.shape[1]
@@ -509,7 +510,8 @@ class Policy:
     def read_token(self, context, token, new):
         """`extend` by one token for the rows in `new` (B,), without leaving the device."""
         context.valid = torch.cat([context.valid, new[:, None]], 1)
-        embeds, positions = self.model.get_input_embeddings()(token)[:, None], context.position[None, :, None].expand(3, -1, 1)
+        embeds = self.model.get_input_embeddings()(token)[:, None]
+        positions = context.position[None, :, None].expand(3, -1, 1)
         hidden = self.run(context, embeds, context.valid[:, None, None, :], positions)[:, 0]
         context.position = context.position + new
         context.last = torch.where(new[:, None], hidden, context.last)
@@ -562,7 +564,7 @@ class Turn:
 
 @dataclasses.dataclass
 class Episode:
-    """A conversation about `example`: the replayed turns of a roll-in prefix (none on a fresh start), then fresh turns."""
+    """A conversation about `example`: the replayed turns of a roll-in prefix (none on a fresh start), then new ones."""
 
     example: dict
     question_ids: list
@@ -854,7 +856,7 @@ def demonstration(policy, task, example):
         taught = thought if turn["loss"] == "think" else len(ids) * turn["loss"]
         parsed = parse_turn(task, turn["text"])
         episode.turns.append(Turn(ids, [i < taught for i in range(len(ids))], (), *parsed, turn["text"]))
-        if parsed[0] == "answer":
+        if parsed[0] == "answer" and turn is not example["turns"][-1]:
             show(policy, task, episode, episode.turns[-1], drawn)
     return episode
 
@@ -883,7 +885,8 @@ def supervise(policy, batches, steps, lr, title, log=lambda line: None, micro=32
 
 
 def adamw(policy, lr):
-    return torch.optim.AdamW([p for p in policy.model.parameters() if p.requires_grad], lr, betas=(0.9, 0.95), weight_decay=0.0)
+    trained = [p for p in policy.model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr, betas=(0.9, 0.95), weight_decay=0.0)
 
 
 def shuffled(items, count, rng):
@@ -897,10 +900,14 @@ def shuffled(items, count, rng):
 
 
 def sft(policy, task, cfg, log):
-    """Multi-turn SFT: the protocol, first answers, and corrections of given wrong attempts."""
+    """First answers alone, which cost little and are the hard part for a small model; then whole traces: the protocol,
+    first answers, and corrections of given wrong attempts."""
     policy.freeze_vision(cfg.sft.freeze_vision)
-    traces = [demonstration(policy, task, e) for e in tqdm(task.load("sft"), desc="traces", leave=False)]
-    supervise(policy, shuffled(traces, cfg.sft.batch, random.Random(cfg.seed)), cfg.sft.steps, cfg.sft.lr, "sft", log)
+    examples, rng = task.load("sft"), random.Random(cfg.seed)
+    answer = lambda e: {**e, "turns": [{"text": e["turns"][-1]["text"].replace("FINAL", "ANSWER"), "loss": True}]}
+    for title, steps, traces in (("first", cfg.sft.first_steps, map(answer, examples)), ("sft", cfg.sft.steps, examples)):
+        traces = [demonstration(policy, task, e) for e in traces] if steps else []
+        supervise(policy, shuffled(traces, cfg.sft.batch, rng), steps, cfg.sft.lr, title, log)
 
 
 # ======================================================================================================
@@ -945,15 +952,14 @@ def rl(policy, reference, task, cfg, log):
             part = kept[at : at + width]
             batch = [e for n in part for e in groups[n]]
             logps, entropies = policy.log_probs(batch, group)
-            with torch.no_grad():
-                if cfg.rl.kl or at == 0:  # without a KL term, measured on one micro-batch only
+            refs = logps
+            if cfg.rl.kl or at == 0:  # without a KL term, the divergence is measured on one micro-batch only
+                with torch.no_grad():
                     refs = reference.log_probs(batch, group)[0]
                     ratio = torch.cat(refs) - torch.cat(logps)
                     divergence.append((ratio.exp() - ratio - 1).mean().item())
             weights = [torch.tensor(turn_weights(e, cfg.rl.prefix_mask, rng), device=policy.device) for e in batch]
-            loss = policy_loss(logps, refs if cfg.rl.kl else logps, advantage[part].flatten().tolist(), weights, cfg.rl.kl,
-                               len(episodes))
-            loss.backward()
+            policy_loss(logps, refs, advantage[part].flatten(), weights, cfg.rl.kl, len(episodes)).backward()
             entropy += torch.cat(entropies).sum().item()
             tokens += sum(len(l) for l in logps)
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.rl.clip).item()
@@ -1084,7 +1090,7 @@ def table(models):
     columns = ["first", "final", "committed", "repair_own", "repair_fixed", "break", "commit", "sampled_final"]
     percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
     line = lambda *cells: "| " + " | ".join(map(str, cells)) + " |"
-    lines = [line("model", "split", "n", *(c.replace("_", " ") for c in columns), "turns"), "|" + " --- |" * (len(columns) + 4)]
+    lines = [line("model", "split", "n", *(c.replace("_", " ") for c in columns), "turns"), line(*["---"] * (len(columns) + 4))]
     for name, rows in models.items():
         for row in rows:
             cells, (low, high) = [percent(row[c]) for c in columns], wilson(row["final"], row["n"])
@@ -1092,12 +1098,12 @@ def table(models):
             lines.append(line(name, row["split"] + " (ood)" * row["ood"], row["n"], *cells, f"{row['turns']:.1f}"))
         ood = [row for row in rows if row["ood"]]
         means = [rate(row[c] for row in ood if row[c] is not None) for c in columns]
-        lines.append(line(f"**{name}**", "**mean ood**", sum(row["n"] for row in ood), *(f"**{percent(m)}**" for m in means),
+        lines.append(line(name, "**mean ood**", sum(row["n"] for row in ood), *(f"**{percent(m)}**" for m in means),
                           f"{rate(row['turns'] for row in ood):.1f}"))
     return "\n".join(lines)
 
 
-def report(folder, cfg, models, episodes):
+def report(folder, cfg, task, models, episodes):
     """results.json, report.md, curves.png and episodes.png of a run folder. Returns what is printed."""
     first, last = list(models)[0], list(models)[-1]
     text, differences = table(models) + "\n", {}
@@ -1110,64 +1116,19 @@ def report(folder, cfg, models, episodes):
     write_file(folder / "results.json", json.dumps({"rows": rows, "differences": differences}, indent=1) + "\n")
     about = f"`{cfg.eval.splits}` splits; percent; greedy unless said; brackets: 95 % intervals; paired over maps."
     write_file(folder / "report.md", f"# {folder.name}\n\n{about}\n\n{text}\n")
-    curves(folder)
-    film_strip(folder / "episodes.png", episodes, f"{folder.name}: each attempt is drawn on the image and shown to the model")
+    data_prep.curves(folder)
+    title = f"{folder.name}: each attempt is drawn on the image and shown to the model"
+    data_prep.film_strip(folder / "episodes.png", task, episodes, title)
     return text
 
 
-def curves(folder):
-    """curves.png from metrics.jsonl: a panel a quantity."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    taught, steps = [m for m in lines if "loss" in m], [m for m in lines if m["stage"] == "rl"]
-    series = lambda lines, *keys: {k: ([m["step"] for m in lines], [m.get(k) for m in lines]) for k in keys}
-    panels = [("SFT loss, nats a token", series(taught, "loss"))]
-    if steps:
-        turns = [{t: n / max(1, sum(m["turns"].values())) for t, n in m["turns"].items()} | {"step": m["step"]} for m in steps]
-        panels += [(title, series(steps, *keys.split())) for title, keys in {
-            "reward": "reward", "accuracy, fresh starts": "first final", "repair after a roll-in prefix": "rollin_repair",
-            "commits, well-formed": "commit well_formed", "entropy, nats a token": "entropy", "KL to the SFT model": "kl",
-            "gradient norm": "grad_norm", "share of groups kept, of roll-ins": "kept rollins",
-            "buffer: share wrong": "buffer_wrong", "buffer: age, steps": "buffer_age"}.items()]
-        panels.append(("turns, fresh starts", series(turns, *sorted({t for m in steps for t in m["turns"]}, key=int))))
-    data_prep.curves(folder / "curves.png", panels)
-
-
-def curves(folder):
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    steps = [m for m in lines if m["stage"] == "rl"] or lines
-    series = lambda *keys: {k: ([m["step"] for m in steps], [m.get(k) for m in steps]) for k in keys}
-    panels = [("SFT loss", {"loss": ([m["step"] for m in lines if "loss" in m], [m["loss"] for m in lines if "loss" in m])})]
-    if "reward" in steps[0]:
-        turns = sorted({t for m in steps for t in m["turns"]}, key=int)
-        panels += [("reward", series("reward")), ("accuracy, fresh episodes", series("first", "final")),
-                   ("repair after a roll-in prefix", series("rollin_repair")), ("commits, well-formed", series("commit", "well_formed")),
-                   ("turns", {f"{t}": ([m["step"] for m in steps], [m["turns"].get(t, 0) / sum(m["turns"].values()) for m in steps]) for t in turns}),
-                   ("entropy, nats a token", series("entropy")), ("KL to the SFT model", series("kl")), ("gradient norm", series("grad_norm")),
-                   ("kept groups, roll-ins", series("kept", "rollins")), ("buffer: share wrong", series("buffer_wrong")), ("buffer: age, steps", series("buffer_age"))]
-    data_prep.curves(folder / "curves.png", panels)
-
-
-def film_strip(path, episodes, title):
-    """A row an episode: the question, then each attempt drawn, with what the model said. episodes: (task, Episode) pairs."""
-    rows, tidy = [], lambda text: re.sub(r"\s*(</?\w+>)\s*", r"\1", text)
-    for task, episode in episodes:
-        attempts, last = [t for t in episode.all_turns if t.kind == "answer"], episode.all_turns[-1]
-        captions = [tidy(t.text) for t in attempts]
-        if attempts and last is not attempts[-1]:
-            captions[-1] += "  then " + tidy(last.text)
-        rows.append({"label": episode.example["id"], "captions": [task.question(episode.example)[0], *captions],
-                     "images": [task.image(episode.example), *(task.feedback(episode.example, t.attempt) for t in attempts)],
-                     "verdicts": ["", *(("wrong", "right")[task.exact(episode.example, t.attempt)] for t in attempts)]})
-    data_prep.film_strip(path, rows, title)
-
-
 def choose(task, episodes, count=6):
-    """A few episodes worth looking at, the farthest out of distribution first: repairs, a right first answer, a failure."""
+    """A few episodes worth looking at, farthest out of distribution first: repairs, a right first answer, a failure."""
     pool = [e for name in reversed(task.SPLITS) for e in episodes[name]]
     repaired = [e for e in pool if not solved(task, e, 0) and solved(task, e) and len(e.attempts) < 6]
     at_once, failed = [e for e in pool if solved(task, e, 0) and e.committed], [e for e in pool if not solved(task, e)]
     spread = lambda found, n: found[:: max(1, len(found) // n)][:n]
-    return [(task, e) for e in (*spread(repaired, count - 2), *spread(at_once, 1), *spread(failed, 1))]
+    return [*spread(repaired, count - 2), *spread(at_once, 1), *spread(failed, 1)]
 
 
 # ======================================================================================================
@@ -1220,15 +1181,15 @@ def open_run(folder, flat):
     return True
 
 
-def part(flat, *sections):
-    """A key of the settings in these sections: what they decide is kept under it and shared by runs that agree in them."""
+def settings_key(flat, *sections):
+    """A key of the settings in these sections: runs that agree in them share what is kept under it."""
     decides = {k: v for k, v in flat.items() if k.split(".")[0] in sections}
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
 
 
 def sft_model(cfg, flat, task):
-    """(policy, folder) of the SFT model, trained now or by an earlier run: methods with the same SFT settings share it."""
-    key = part(flat, "task", "model", "seed", "nav", "protocol", "policy", "sft", "device")
+    """(policy, folder) of the SFT model, trained now or by an earlier run: methods with equal SFT settings share it."""
+    key = settings_key(flat, "task", "model", "seed", "nav", "protocol", "policy", "sft", "device")
     folder = Path(cfg.runs) / f"sft-{key}"
     if not (folder / "model" / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
@@ -1244,7 +1205,7 @@ def sft_model(cfg, flat, task):
 
 def evaluated(folder, policy, task, cfg, flat):
     """(rows, fixed) of the SFT model, kept in its folder."""
-    file = folder / f"evaluation-{part(flat, 'eval')}.json"
+    file = folder / f"evaluation-{settings_key(flat, 'eval')}.json"
     if not file.is_file():
         rows, fixed, _ = evaluate(policy, task, cfg, title="evaluate sft")
         write_file(file, json.dumps({"rows": rows, "fixed": fixed}))
@@ -1259,8 +1220,8 @@ def train(cfg, flat, words):
     if not open_run(folder, flat):
         print((folder / "report.md").read_text())
         return
-    print(f"run folder: {folder}", file=sys.stderr)
     task, log = TASKS[cfg.task](cfg), Log(folder)
+    print(f"run folder: {folder}", file=sys.stderr)
     log.stage("data")
     base_cfg, base_flat = read_config([*words, "method=sft"])  # what this method is compared with, and starts from
     base, base_folder = sft_model(base_cfg, base_flat, task)
@@ -1279,7 +1240,7 @@ def train(cfg, flat, words):
     models[cfg.method] = rows
     log.stage(f"evaluate {cfg.method}")
     save_policy(policy, folder / "model")
-    print("\n" + report(folder, cfg, models, choose(task, episodes)))
+    print("\n" + report(folder, cfg, task, models, choose(task, episodes)))
 
 
 def main(words):
@@ -1295,28 +1256,15 @@ def main(words):
         return train(cfg, flat, words)
     task = TASKS[cfg.task](cfg)
     folder = Path(cfg.runs) / (cfg.run or f"{cfg.mode}-{Path(cfg.model).name}")
-    policy = load_policy(cfg.model, cfg)
     folder.mkdir(parents=True, exist_ok=True)
+    policy = load_policy(cfg.model, cfg)
     rows, _, episodes = evaluate(policy, task, cfg)
     if cfg.mode == "show":
-        film_strip(folder / "episodes.png", choose(task, episodes), cfg.model)
+        data_prep.film_strip(folder / "episodes.png", task, choose(task, episodes), cfg.model)
         print(f"wrote {folder / 'episodes.png'}")
     else:
         print(table({Path(cfg.model).name: rows}))
         write_file(folder / "results.json", json.dumps({"rows": rows}, indent=1) + "\n")
-
-
-def data_prep_main(words):
-    """`python data_prep.py NAME [key=value ...]`: a task's data folder, or the embedded model, alone."""
-    name, *rest = words or [""]
-    cfg, _ = read_config(rest)
-    torch.set_num_threads(cfg.threads or os.cpu_count())
-    if name == "embedded":
-        data_prep.make_embedded(HERE / cfg.model, cfg)
-    elif name in TASKS:
-        print(TASKS[name](cfg).folder)
-    else:
-        raise UserError(f"'{name}' is not something to make; one of: {', '.join(TASKS)}, embedded")
 
 
 def run_main(function, words):
@@ -1326,7 +1274,7 @@ def run_main(function, words):
     except (UserError, data_prep.DataError) as error:
         message = error
     except OSError as error:  # a folder that cannot be written, a full disk
-        message = f"{error.filename or 'writing'}: {error.strerror}; free it, or choose another folder with runs= or data="
+        message = f"{error.filename or 'writing'}: {error.strerror}; mend that, or choose other folders with runs= and data="
     else:
         return
     print(f"error: {message}", file=sys.stderr)
