@@ -9,15 +9,15 @@ corrections are rewritten from the text so far and do not look at the picture. T
     repeat:
         for each question of the batch:
             with probability rho, or while D is short:   start = the question
-            otherwise (buffered roll-in):                start = a stored prefix: question, attempts, their pictures
+            otherwise (buffered roll-in):                start = a stored prefix, mostly one whose last attempt is wrong
             sample G rollouts from the start, turn by turn; after each answer, draw it on the image and show it
             R_i = reward of rollout i                    (exact answer, and credit for corrections that progress)
             A_i = R_i - mean of the other G-1 rewards    (REINFORCE with a leave-one-out baseline)
-            prefix masking: k ~ U{1..T}; turns before k leave the loss, so that it is about how to recover
+            prefix masking (fresh starts only): k ~ U{1..T}; turns before k leave the loss, so that it is about recovery
         gradient step on  - sum_i A_i * sum over the unmasked tokens of log pi(token)
-        D.append(prefixes of the fresh rollouts, cut before a decision, mostly after wrong attempts)
+        D.append(one prefix of each fresh rollout, cut after an attempt that was drawn)
 
-Left out on purpose, compared with the authors' GRPO: no division by the group's standard deviation (a setting), no
+"The release" below is the authors' published code, which uses GRPO. Left out on purpose, compared with it: no division by the group's standard deviation (a setting), no
 importance ratio and no clipping (each batch is used for one update, so the ratio is one).
 
 Read it from top to bottom, in the order in which an episode lives:
@@ -56,7 +56,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import yaml
 from tqdm import tqdm
 
@@ -123,28 +122,28 @@ def check_value(key, value, entry):
     default, allowed, _ = entry
     try:
         if isinstance(default, bool):
-            words = {"yes": True, "true": True, "no": False, "false": False}
-            value = value if isinstance(value, bool) else words[value.lower()]
+            value = value if isinstance(value, bool) else {"yes": True, "true": True, "no": False, "false": False}[value]
+            good = True
         elif isinstance(default, str):
             value = str(value)
+            good = allowed == "text" or value in allowed.split("|")
         else:
-            value = type(default)(value)
-    except (ValueError, KeyError, AttributeError):
-        raise UserError(f"{key}={value} is not allowed; allowed: {shown(allowed)}") from None
-    if isinstance(default, str):
-        good = allowed == "text" or value in allowed.split("|")
-    elif isinstance(default, bool):
-        good = True
-    else:
-        low, high = map(float, allowed.split(".."))
-        good = low <= value <= high  # false for nan as well
+            value, (low, high) = type(default)(value), map(float, allowed.split(".."))
+            good = low <= value <= high  # false for nan as well
+    except (ValueError, KeyError, TypeError, OverflowError):
+        good = False
     if not good:
         raise UserError(f"{key}={value} is not allowed; allowed: {shown(allowed)}")
     return value
 
 
 def shown(allowed):
-    return "yes, no" if allowed is True else str(allowed).replace("..", " to ").replace("|", ", ")
+    return allowed.replace("..", " to ").replace("|", ", ")
+
+
+def key_of(values):
+    """A short name for a dict of settings: what they decide is kept under it."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def nest(flat):
@@ -159,24 +158,23 @@ def nest(flat):
 # ======================================================================================================
 # 2. Task
 # ======================================================================================================
-# A task is a class with these few methods. Nothing outside it knows which task is running, so a new task
-# is a new class, a line in TASKS, and its name in config.yaml.
+# A task is a class with these few methods. Nothing below asks which task is running: a new one is a new
+# class, a line in TASKS, and its name and section in config.yaml.
 
 
 class Navigation:
     """Spatial navigation on a frozen lake: the shortest path from the elf to the gift, around the holes.
 
-    An attempt is a tuple of moves. Trained on grids up to 5x5 of one look; the test splits ask for larger
-    grids (`size`), other tiles and colours (`look`), and both at once.
+    An attempt is a tuple of moves. Training maps are 3x3 to 5x5, in one look ("snow") and random mixes of colours.
+    Test splits: `id`, in distribution; `size`, larger grids; `look`, tiles and colours never trained on; `both`.
     """
 
     SPLITS = ("id", "size", "look", "both")  # the first is in distribution
 
     def __init__(self, cfg, show=True):
-        made = {k: v for k, v in dataclasses.asdict(cfg.nav).items()}
         # Keyed by its settings, so that the data of a smoke run is never taken for the real thing.
-        key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:8]
-        self.words, self.folder = cfg.protocol, Path(cfg.data) / f"navigation-{key}"
+        made = dataclasses.asdict(cfg.nav)
+        self.words, self.folder = cfg.protocol, Path(cfg.data) / f"navigation-{key_of(made)}"
         if not (self.folder / "data.json").is_file():
             data_prep.make_navigation(self.folder, **made, progress=show)
 
@@ -224,8 +222,8 @@ TASKS = {"navigation": Navigation}
 
 # One assistant turn: an optional THINK, then one ANSWER or one FINAL, nothing else.
 TAGS = ["<THINK>", "</THINK>", "<ANSWER>", "</ANSWER>", "<FINAL>", "</FINAL>"]
-TAG = re.compile("(" + "|".join(TAGS) + ")")
-INSIDE = f"((?:(?!{TAG.pattern[1:-1]}).)*)"
+TAG = re.compile(f"({'|'.join(TAGS)})")
+INSIDE = f"((?:(?!{'|'.join(TAGS)}).)*)"  # anything but a tag
 TURN = re.compile(rf"\s*(?:<THINK>{INSIDE}</THINK>\s*)?(?:<ANSWER>{INSIDE}</ANSWER>|<FINAL>{INSIDE}</FINAL>)\s*", re.S)
 
 
@@ -262,7 +260,7 @@ class Picture:
             image = image.resize((width, height), processor.resample)
         self.pixels = np.asarray(image)
         self.rows, self.cols = height // side, width // side
-        self.features = None  # its visual tokens, once computed by a frozen vision tower
+        self.features = None  # its visual tokens, shared by all policies with the same frozen vision tower
 
 
 class KeyValues:
@@ -283,7 +281,7 @@ class KeyValues:
             self.layers[layer] = new
             return new
         if old is None or old[0].shape[2] < end:
-            room = tuple(n.new_empty(*n.shape[:2], end + 64, n.shape[3]) for n in new)
+            room = tuple(n.new_empty(*n.shape[:2], end + 64, n.shape[3]) for n in new)  # 64 more before the next move
             for r, o in zip(room, old or ()):
                 r[:, :, : self.length] = o[:, :, : self.length]
             self.layers[layer] = old = room
@@ -314,7 +312,6 @@ class Context:
         """Keep these rows, in this order; a row may be taken several times (one prompt, G samples)."""
         self.cache.take(rows)
         self.valid, self.position, self.last = self.valid[rows], self.position[rows], self.last[rows]
-        return self
 
 
 class Policy:
@@ -328,7 +325,8 @@ class Policy:
         self.std = torch.tensor(processor.image_std, device=self.device)
         self.freeze_vision(False)
         self.image_id = model.config.image_token_id
-        self.prompt("", "")  # sets the end-of-turn token
+        self.prompt = functools.cache(self.prompt)  # not a decorator, which would keep every Policy alive
+        self.prompt("", "")  # learns from the chat template which token closes a turn: self.end_id
         # Only plain tokens and the end of the turn can be sampled. A sampled image placeholder would shift
         # the positions of all that follows; ids beyond the tokenizer's have no text at all.
         vocab = model.get_output_embeddings().weight.shape[0]
@@ -351,13 +349,12 @@ class Policy:
     def decode(self, ids):
         return self.tokenizer.decode([i for i in ids if i != self.end_id])
 
-    @functools.lru_cache(maxsize=65536)
     def prompt(self, question, reply):
         """(ids up to the assistant's first word, ids between two assistant turns), an image being one placeholder.
 
         question: text of the first user turn, before its image; reply: of a later one, after its image.
         """
-        words, mark = self.cfg.protocol, "@@"
+        words, mark = self.cfg.protocol, "\ue000"  # a private-use character, which no text contains
         picture = {"type": "image"}
         text = lambda t: {"type": "text", "text": t}
         talk = [{"role": "system", "content": [text(words.system)]}] if words.system else []
@@ -367,7 +364,8 @@ class Policy:
         talk = self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
         head, between = talk.split(mark)
         ids = lambda t: tuple(self.tokenizer.encode(t, add_special_tokens=False))
-        self.end_id, *between = ids(between)
+        closing, *between = ids(between)  # the model samples the token that closes its turn
+        self.end_id = closing
         return ids(head), tuple(between)
 
     def picture(self, image):
@@ -391,7 +389,7 @@ class Policy:
         size = lambda q: q.pixels.shape
         for shape, group in itertools.groupby(sorted(distinct, key=size), key=size):
             group = list(group)
-            for part in (group[i : i + 256] for i in range(0, len(group), 256)):
+            for part in (group[i : i + 256] for i in range(0, len(group), 256)):  # 256 pictures a pass
                 x = torch.from_numpy(np.stack([q.pixels for q in part])).to(self.device).float() / 255
                 x = (x - self.mean) / self.std
                 # (N, H, W, 3) -> rows of patches in the library's order: merge blocks, then the patches of a block,
@@ -446,8 +444,7 @@ class Policy:
             mask = mask & (torch.arange(past + width, device=self.device) <= past + column[:, None])
         hidden = self.run(context, embeds, mask, positions + context.position[:, None], **extra)
         context.position = context.position + advance
-        last = hidden[torch.arange(len(rows), device=self.device), (lengths - 1).clamp(min=0)]
-        context.last = last if context.last is None else torch.where((lengths > 0)[:, None], last, context.last)
+        context.last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
         return hidden
 
     def run(self, context, embeds, mask, positions, **extra):
@@ -474,7 +471,7 @@ class Policy:
             else:
                 parts.append(np.broadcast_to(np.arange(count) + start, (3, count)))
                 start += count
-        return (np.concatenate(parts, 1) if parts else np.zeros((3, 0), int)), start
+        return np.concatenate(parts, 1), start
 
     def log_softmax(self, hidden):
         """Log-probs (..., V) of the next token, over the tokens that may be sampled, at the sampling temperature."""
@@ -517,7 +514,9 @@ class Policy:
         context.last = torch.where(new[:, None], hidden, context.last)
 
     def log_probs(self, episodes, group=1):
-        """Log-probs, with gradients, and entropies of the action tokens: two lists of (action tokens,) tensors.
+        """Log-probs, with gradients, and entropies of the action tokens of Episodes (section 4).
+
+        Returns two lists of (action tokens,) tensors.
 
         Each run of `group` episodes shares its opening (the question, or a roll-in prefix), which is read once.
         """
@@ -538,6 +537,35 @@ class Policy:
         return logp.gather(1, taken[:, None])[:, 0].split(counts), entropy.detach().split(counts)
 
 
+def load_policy(name, cfg):
+    """A Policy from a Hugging Face folder or hub name. UserError if there is none."""
+    folder = Path(name) if Path(name).is_dir() else HERE / name
+    hub_name = not folder.exists() and re.fullmatch(r"(?!assets/|runs/)[\w-][\w.-]*/[\w.-]+", str(name))
+    if not (folder / "config.json").is_file() and not hub_name:
+        raise UserError(f"model={name}: no folder with a config.json; name a Hugging Face folder or a hub name, "
+                        "or make the embedded model again: python data_prep.py embedded")
+    device, source = device_of(cfg), str(folder) if folder.is_dir() else name
+    try:
+        model = transformers.AutoModelForImageTextToText.from_pretrained(
+            source, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+        return Policy(model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(source),
+                      Qwen2VLImageProcessorPil.from_pretrained(source), cfg)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model={name} cannot be loaded: {str(error).splitlines()[0]}") from None
+
+
+def save_policy(policy, folder):
+    """A Hugging Face folder that `from_pretrained` loads."""
+    for part in (policy.model, policy.tokenizer, policy.processor):
+        part.save_pretrained(folder)
+
+
+def device_of(cfg):
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no GPU; use device=cpu")
+    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 # ======================================================================================================
 # 4. Episodes
 # ======================================================================================================
@@ -548,7 +576,7 @@ class Turn:
     """One assistant turn, and what the user showed next.
 
     ids: its tokens as sampled, end token included. trained: for each of them, whether it may enter a loss
-    (a forced token may not). logps: recorded while sampling. feedback: ids of the user's reply, if one followed.
+    (a forced token may not). logps: recorded while sampling, to check `log_probs` against. feedback: ids of the user's reply, if one followed.
     """
 
     ids: list
@@ -619,7 +647,7 @@ def begin(policy, task, example):
     return Episode(example, policy.place(policy.prompt(*task.question(example))[0], picture), picture)
 
 
-def show(policy, task, episode, turn, drawn):
+def give_feedback(policy, task, episode, turn, drawn):
     """The user's reply to an attempt: its picture and the words around it become part of `turn`. `drawn`: a cache."""
     key = episode.example["id"], turn.attempt
     if key not in drawn:
@@ -672,7 +700,7 @@ def play(policy, task, starts, samples, max_turns, generator, greedy=False, trai
                 episode.turns.append(turn)
                 hopeless = training and not well_formed(task, episode.all_turns, unfinished=True)
                 if turn.kind == "answer" and number < max_turns and not hopeless:
-                    show(policy, task, episode, turn, drawn)
+                    give_feedback(policy, task, episode, turn, drawn)
                     going.append(row)
             if not going:
                 break
@@ -695,7 +723,7 @@ def reward(task, episode, cfg):
         reflection = clip(sum_t w(p_{t+1} - p_t), 0, 1),  w(d) = d for d >= 0, worse * d for d < 0
 
     p_t in [0, 1] is the progress of attempt t. Without reflection shaping, outcome only: malformed 0, exact 1,
-    otherwise `form`. (METHOD: the release's reward; `cfg` is the settings' section `reward`.)
+    otherwise `form`. This is the reward of the release; cfg: the section `reward` of the settings.
     """
     if not well_formed(task, episode.all_turns):
         return 0.0
@@ -752,11 +780,11 @@ class RollInBuffer:
 
     def draw(self, step, rng):
         """A start for a roll-in group, or None while too few fresh prefixes are stored."""
-        fresh = [e for e in self.entries if step - e.step <= self.cfg.max_age]
-        if len(fresh) < self.cfg.start:
+        young = [e for e in self.entries if step - e.step <= self.cfg.max_age]
+        if len(young) < self.cfg.start:
             return None
         right = rng.random() >= self.cfg.wrong_share
-        pool = [e for e in fresh if e.right == right] or fresh
+        pool = [e for e in young if e.right == right] or young
         return rng.choice(pool).start
 
 
@@ -772,9 +800,9 @@ def turn_weights(episode, prefix_mask, rng):
     expected: its average over k: turn t weighs P(k <= t) = t / T.
     Roll-in episodes are not masked: their old turns are not trained anyway.
 
-    t/T depends, through T, on actions after turn t. With such weights the baseline no longer drops out of the
-    expectation, and a failing episode gains by growing longer; for fixed T both hold exactly. `random` has the
-    same mean, so it shares this.
+    Bias: the weight t/T depends, through T, on actions taken after turn t. So the baseline does not cancel in the
+    expectation, and a failing episode is blamed less if it is longer. With T fixed neither happens. `random` has
+    the same mean and the same bias.
     """
     total = len(episode.turns)
     if prefix_mask == "none" or episode.replayed:
@@ -794,6 +822,11 @@ def advantages(rewards, std_norm=False):
     return centred / (rewards.std(1, keepdim=True) + 1e-6) if std_norm else centred
 
 
+def kl_terms(logp, ref):
+    """r - log r - 1 with r = pi_SFT / pi, token by token: its mean over samples of pi is KL(pi || pi_SFT), and it is never < 0."""
+    return (ref - logp).exp() - (ref - logp) - 1
+
+
 def policy_loss(logps, reference, advantage, weights, kl, rollouts):
     """Prefix-masked REINFORCE for some episodes of a batch; summed over micro-batches it is the batch's loss.
 
@@ -807,43 +840,13 @@ def policy_loss(logps, reference, advantage, weights, kl, rollouts):
     for logp, ref, a, m in zip(logps, reference, advantage, weights):
         loss = loss - a * (m * logp).sum()
         if kl:
-            ratio = ref - logp
-            loss = loss + kl * (ratio.exp() - ratio - 1).sum()
+            loss = loss + kl * kl_terms(logp, ref).sum()
     return loss / rollouts
 
 
 # ======================================================================================================
 # 8. SFT
 # ======================================================================================================
-
-
-def load_policy(name, cfg):
-    """A Policy from a Hugging Face folder or hub name. UserError if there is none."""
-    folder = Path(name) if Path(name).is_dir() else HERE / name
-    hub_name = not folder.exists() and re.fullmatch(r"(?!assets/|runs/)[\w-][\w.-]*/[\w.-]+", str(name))
-    if not (folder / "config.json").is_file() and not hub_name:
-        raise UserError(f"model={name}: no folder with a config.json; name a Hugging Face folder or a hub name, "
-                        "or make the embedded model again: python data_prep.py embedded")
-    device, source = device_of(cfg), str(folder) if folder.is_dir() else name
-    try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            source, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-        return Policy(model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(source),
-                      Qwen2VLImageProcessorPil.from_pretrained(source), cfg)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model={name} cannot be loaded: {str(error).splitlines()[0]}") from None
-
-
-def save_policy(policy, folder):
-    """A Hugging Face folder that `from_pretrained` loads."""
-    for part in (policy.model, policy.tokenizer, policy.processor):
-        part.save_pretrained(folder)
-
-
-def device_of(cfg):
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda: torch sees no GPU; use device=cpu")
-    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def demonstration(policy, task, example):
@@ -857,7 +860,7 @@ def demonstration(policy, task, example):
         parsed = parse_turn(task, turn["text"])
         episode.turns.append(Turn(ids, [i < taught for i in range(len(ids))], (), *parsed, turn["text"]))
         if parsed[0] == "answer" and turn is not example["turns"][-1]:
-            show(policy, task, episode, episode.turns[-1], drawn)
+            give_feedback(policy, task, episode, episode.turns[-1], drawn)
     return episode
 
 
@@ -915,6 +918,12 @@ def sft(policy, task, cfg, log):
 # ======================================================================================================
 
 
+def average(values):
+    """Mean of some numbers or truths; None if there are none."""
+    values = list(values)
+    return sum(values) / len(values) if values else None
+
+
 def rl(policy, reference, task, cfg, log):
     """VRRL, or what the method's row leaves of it, from the SFT model `policy`; `reference` is its frozen copy."""
     rng, generator = random.Random(cfg.seed), torch.Generator(policy.device).manual_seed(cfg.seed)
@@ -938,7 +947,7 @@ def rl(policy, reference, task, cfg, log):
         # --- advantages: within each group of rollouts from one start
         rewards = torch.tensor([reward(task, e, cfg.reward) for e in episodes]).view(-1, group)
         advantage = advantages(rewards, cfg.rl.std_norm)
-        # Groups without signal: all rewards equal, or nearly all failed or exact (the release's bounds).
+        # Groups without signal are dropped: all rewards equal, or nearly all failed or exact (the release's bounds).
         mean, spread = rewards.mean(1), rewards.max(1).values - rewards.min(1).values
         kept = [n for n in range(len(starts)) if spread[n] > 1e-6 and 0.01 < mean[n] < 0.99]
 
@@ -948,7 +957,8 @@ def rl(policy, reference, task, cfg, log):
         kept.sort(key=length)
         optimizer.zero_grad()
         entropy, divergence, tokens = 0.0, [], 0
-        for at in range(0, len(kept), width := max(1, cfg.rl.micro // group)):
+        width = max(1, cfg.rl.micro // group)
+        for at in range(0, len(kept), width):
             part = kept[at : at + width]
             batch = [e for n in part for e in groups[n]]
             logps, entropies = policy.log_probs(batch, group)
@@ -956,8 +966,7 @@ def rl(policy, reference, task, cfg, log):
             if cfg.rl.kl or at == 0:  # without a KL term, the divergence is measured on one micro-batch only
                 with torch.no_grad():
                     refs = reference.log_probs(batch, group)[0]
-                    ratio = torch.cat(refs) - torch.cat(logps)
-                    divergence.append((ratio.exp() - ratio - 1).mean().item())
+                    divergence.append(kl_terms(torch.cat(logps), torch.cat(refs)).mean().item())
             weights = [torch.tensor(turn_weights(e, cfg.rl.prefix_mask, rng), device=policy.device) for e in batch]
             policy_loss(logps, refs, advantage[part].flatten(), weights, cfg.rl.kl, len(episodes)).backward()
             entropy += torch.cat(entropies).sum().item()
@@ -973,7 +982,6 @@ def rl(policy, reference, task, cfg, log):
         # --- what a collapse would show in
         fresh = [e for e in episodes if not e.replayed]
         rolled = [e for e in episodes if e.replayed]
-        average = lambda values: sum(values) / len(values) if (values := list(values)) else None
         log({"stage": "rl", "step": step, "rollouts": rollouts, "reward": rewards.mean().item(),
              "first": average(solved(task, e, 0) for e in fresh), "final": average(solved(task, e) for e in fresh),
              "rollin_repair": average(solved(task, e) for e in rolled if e.force_think),
@@ -1023,26 +1031,21 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
             if text is not None:
                 start = begin(policy, task, example)
                 start.replayed = [Turn([*policy.encode(text), policy.end_id], [], (), *parse_turn(task, text), text)]
-                show(policy, task, start, start.replayed[0], {})
+                give_feedback(policy, task, start, start.replayed[0], {})
                 starts.append(start)
         repaired = [solved(task, e) for e in run(starts, greedy=True)] if starts else []
         reached = lambda e, turn: solved(task, e, min(turn, len(e.attempts) - 1))
         rows.append({
-            "split": name, "ood": name != task.SPLITS[0], "n": len(own), "first": rate(first), "final": rate(final),
-            "committed": rate(ok and e.committed for ok, e in zip(final, own)),
-            "repair_own": rate(ok for ok, was in zip(final, first) if not was),
-            "repair_fixed": rate(repaired), "n_fixed": len(repaired),
-            "break": rate(not ok for ok, was in zip(final, first) if was), "commit": rate(e.committed for e in own),
-            "turns": sum(len(e.turns) for e in own) / len(own), "sampled_final": rate(solved(task, e) for e in sampled),
-            "after_turn": [rate(reached(e, turn) for e in own) for turn in range(cfg.eval.max_turns)],
+            "split": name, "ood": name != task.SPLITS[0], "n": len(own), "first": average(first), "final": average(final),
+            "committed": average(ok and e.committed for ok, e in zip(final, own)),
+            "repair_own": average(ok for ok, was in zip(final, first) if not was),
+            "repair_fixed": average(repaired), "n_fixed": len(repaired),
+            "break": average(not ok for ok, was in zip(final, first) if was), "commit": average(e.committed for e in own),
+            "turns": sum(len(e.turns) for e in own) / len(own), "sampled_final": average(solved(task, e) for e in sampled),
+            "after_turn": [average(reached(e, turn) for e in own) for turn in range(cfg.eval.max_turns)],
             "first_by_map": bits(first), "final_by_map": bits(final), "repair_fixed_by_map": bits(repaired)})
     bar.close()
     return rows, fixed or wrong, kept
-
-
-def rate(outcomes):
-    outcomes = list(outcomes)
-    return sum(outcomes) / len(outcomes) if outcomes else None
 
 
 def bits(outcomes):
@@ -1097,9 +1100,9 @@ def table(models):
             cells[1] += f" [{100 * low:.0f}, {100 * high:.0f}]"
             lines.append(line(name, row["split"] + " (ood)" * row["ood"], row["n"], *cells, f"{row['turns']:.1f}"))
         ood = [row for row in rows if row["ood"]]
-        means = [rate(row[c] for row in ood if row[c] is not None) for c in columns]
+        means = [average(row[c] for row in ood if row[c] is not None) for c in columns]
         lines.append(line(name, "**mean ood**", sum(row["n"] for row in ood), *(f"**{percent(m)}**" for m in means),
-                          f"{rate(row['turns'] for row in ood):.1f}"))
+                          f"{average(row['turns'] for row in ood):.1f}"))
     return "\n".join(lines)
 
 
@@ -1125,7 +1128,7 @@ def report(folder, cfg, task, models, episodes):
 def choose(task, episodes, count=6):
     """A few episodes worth looking at, farthest out of distribution first: repairs, a right first answer, a failure."""
     pool = [e for name in reversed(task.SPLITS) for e in episodes[name]]
-    repaired = [e for e in pool if not solved(task, e, 0) and solved(task, e) and len(e.attempts) < 6]
+    repaired = [e for e in pool if not solved(task, e, 0) and solved(task, e) and len(e.attempts) < 6]  # a strip holds 6
     at_once, failed = [e for e in pool if solved(task, e, 0) and e.committed], [e for e in pool if not solved(task, e)]
     spread = lambda found, n: found[:: max(1, len(found) // n)][:n]
     return [*spread(repaired, count - 2), *spread(at_once, 1), *spread(failed, 1)]
@@ -1141,12 +1144,11 @@ class Log:
 
     def __init__(self, folder):
         self.folder, self.started = folder, time.time()
-        self.metrics = open(folder / "metrics.jsonl", "a")
 
     def __call__(self, line):
         line = {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}
-        self.metrics.write(json.dumps(line) + "\n")
-        self.metrics.flush()
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
 
     def stage(self, name, **figures):
         """One line in timing.jsonl, on screen as well."""
@@ -1181,16 +1183,16 @@ def open_run(folder, flat):
     return True
 
 
-def settings_key(flat, *sections):
-    """A key of the settings in these sections: runs that agree in them share what is kept under it."""
-    decides = {k: v for k, v in flat.items() if k.split(".")[0] in sections}
-    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:8]
+APART_FROM_SFT = ("method", "profile", "mode", "run", "runs", "data", "threads", "see", "rl", "reward", "buffer", "eval")
 
 
 def sft_model(cfg, flat, task):
     """(policy, folder) of the SFT model, trained now or by an earlier run: methods with equal SFT settings share it."""
-    key = settings_key(flat, "task", "model", "seed", "nav", "protocol", "policy", "sft", "device")
-    folder = Path(cfg.runs) / f"sft-{key}"
+    decides = {k: v for k, v in flat.items() if k.split(".")[0] not in APART_FROM_SFT}
+    weights = Path(cfg.model) / "model.safetensors"  # an embedded model made anew is another model
+    if weights.is_file():
+        decides["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    folder = Path(cfg.runs) / f"sft-{key_of(decides)}"
     if not (folder / "model" / "config.json").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.jsonl").unlink(missing_ok=True)
@@ -1203,9 +1205,9 @@ def sft_model(cfg, flat, task):
     return load_policy(folder / "model", cfg), folder
 
 
-def evaluated(folder, policy, task, cfg, flat):
+def evaluated(folder, policy, task, cfg):
     """(rows, fixed) of the SFT model, kept in its folder."""
-    file = folder / f"evaluation-{settings_key(flat, 'eval')}.json"
+    file = folder / f"evaluation-{key_of(dataclasses.asdict(cfg.eval))}.json"
     if not file.is_file():
         rows, fixed, _ = evaluate(policy, task, cfg, title="evaluate sft")
         write_file(file, json.dumps({"rows": rows, "fixed": fixed}))
@@ -1227,13 +1229,13 @@ def train(cfg, flat, words):
     base, base_folder = sft_model(base_cfg, base_flat, task)
     log.stage("sft")
     models = {}
-    models["sft"], fixed = evaluated(base_folder, base, task, base_cfg, base_flat)
+    models["sft"], fixed = evaluated(base_folder, base, task, base_cfg)
     log.stage("evaluate sft")
     policy, own_folder = sft_model(cfg, flat, task)
     shutil.copyfile(own_folder / "metrics.jsonl", folder / "metrics.jsonl")
-    log = Log(folder)
     if cfg.rl.steps:
-        rl(policy, base, task, cfg, log)
+        log.stage("start of rl")
+        rl(policy, load_policy(own_folder / "model", cfg), task, cfg, log)
         sampled = cfg.rl.steps * cfg.rl.questions * cfg.rl.samples
         log.stage("rl", rollouts_per_second=round(sampled / (time.time() - log.started), 1))
     rows, _, episodes = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}")
@@ -1255,7 +1257,10 @@ def main(words):
     if cfg.mode == "train":
         return train(cfg, flat, words)
     task = TASKS[cfg.task](cfg)
-    folder = Path(cfg.runs) / (cfg.run or f"{cfg.mode}-{Path(cfg.model).name}")
+    name = "-".join(Path(cfg.model).parts[-2:])
+    folder = Path(cfg.runs) / (cfg.run or f"{cfg.mode}-{name}")
+    if (folder / "settings.yaml").exists():
+        raise UserError(f"{folder} holds a training run: give run=ANOTHER_NAME")
     folder.mkdir(parents=True, exist_ok=True)
     policy = load_policy(cfg.model, cfg)
     rows, _, episodes = evaluate(policy, task, cfg)
@@ -1263,7 +1268,7 @@ def main(words):
         data_prep.film_strip(folder / "episodes.png", task, choose(task, episodes), cfg.model)
         print(f"wrote {folder / 'episodes.png'}")
     else:
-        print(table({Path(cfg.model).name: rows}))
+        print(table({name: rows}))
         write_file(folder / "results.json", json.dumps({"rows": rows}, indent=1) + "\n")
 
 
