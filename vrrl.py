@@ -1222,7 +1222,7 @@ def train(cfg, flat, words):
     if not open_run(folder, flat):
         print((folder / "report.md").read_text())
         return
-    task, log = TASKS[cfg.task](cfg), Log(folder)
+    log, task = Log(folder), TASKS[cfg.task](cfg)
     print(f"run folder: {folder}", file=sys.stderr)
     log.stage("data")
     base_cfg, base_flat = read_config([*words, "method=sft"])  # what this method is compared with, and starts from
