@@ -17,18 +17,19 @@ corrections are rewritten from the text so far and do not look at the picture. T
         gradient step on  - sum_i A_i * sum over the unmasked tokens of log pi(token)
         D.append(one prefix of each fresh rollout, cut after an attempt that was drawn)
 
-"The release" below is the authors' published code, which uses GRPO. Left out on purpose, compared with it: no division by the group's standard deviation (a setting), no
-importance ratio and no clipping (each batch is used for one update, so the ratio is one).
+"The release" below is the authors' published code, which uses GRPO. Left out on purpose, compared with it: division by
+the group's standard deviation (here a setting), the importance ratio and its clipping (each batch is used for one
+update, so the ratio is one).
 
 Read it from top to bottom, in the order in which an episode lives:
      1 settings      config.yaml as dataclasses; a method is a row of settings
      2 task          question, parsing, exact, progress, feedback picture
-     3 policy        the VLM: ids, pictures, cached sampling, log-probs
+     3 policy        the VLM: ids, pictures, cached sampling, log-probs; loading and saving
      4 episodes      multi-turn rollouts from a question or a roll-in prefix
      5 reward        outcome and reflection
      6 roll-ins      the buffer of failed prefixes
      7 loss          prefix masking, advantages, REINFORCE
-     8 SFT           loading a model; the demonstrations that teach it the protocol
+     8 SFT           the demonstrations that teach the protocol
      9 RL            the training loop
     10 evaluation    first and final accuracy, repair, in and out of distribution
     11 report        tables, curves, film strips
@@ -147,6 +148,7 @@ def key_of(values):
 
 
 def nest(flat):
+    """{"seed": 0, "rl.steps": 40} as frozen dataclasses: cfg.seed, cfg.rl.steps."""
     sections = {}
     for key, value in flat.items():
         *section, name = key.split(".")
@@ -823,7 +825,7 @@ def advantages(rewards, std_norm=False):
 
 
 def kl_terms(logp, ref):
-    """r - log r - 1 with r = pi_SFT / pi, token by token: its mean over samples of pi is KL(pi || pi_SFT), and it is never < 0."""
+    """r - log r - 1 with r = pi_SFT / pi, token by token: never below 0, and on average over samples KL(pi || pi_SFT)."""
     return (ref - logp).exp() - (ref - logp) - 1
 
 
@@ -903,8 +905,10 @@ def shuffled(items, count, rng):
 
 
 def sft(policy, task, cfg, log):
-    """First answers alone, which cost little and are the hard part for a small model; then whole traces: the protocol,
-    first answers, and corrections of given wrong attempts."""
+    """First answers alone: they are the hard part for a small model, and cost little without the turns that follow.
+
+    Then whole traces: the protocol, first answers, and corrections of given wrong attempts.
+    """
     policy.freeze_vision(cfg.sft.freeze_vision)
     examples, rng = task.load("sft"), random.Random(cfg.seed)
     answer = lambda e: {**e, "turns": [{"text": e["turns"][-1]["text"].replace("FINAL", "ANSWER"), "loss": True}]}
@@ -953,8 +957,7 @@ def rl(policy, reference, task, cfg, log):
 
         # --- update: one gradient step on this batch, in micro-batches of whole groups of similar length
         groups = [episodes[n * group : (n + 1) * group] for n in range(len(starts))]
-        length = lambda n: (len(groups[n][0].opening), max(len(e.rest) for e in groups[n]))
-        kept.sort(key=length)
+        kept.sort(key=lambda n: (len(groups[n][0].opening), max(len(e.rest) for e in groups[n])))
         optimizer.zero_grad()
         entropy, divergence, tokens = 0.0, [], 0
         width = max(1, cfg.rl.micro // group)
