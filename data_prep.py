@@ -1,4 +1,4 @@
-"""Navigation data, and every picture of this project: grids, drawn answers, previews, plots.
+"""All that vrrl.py needs and that is not the algorithm: data, pictures, the embedded model, and the files of a run.
 
 The task. An elf stands on a frozen lake and walks to a gift without stepping into a hole. The
 model sees only the picture. Its answer, a list of moves, is drawn on the picture and shown to it.
@@ -9,28 +9,39 @@ Contents
     3. Random maps and mistakes   random_layout, sample_shortest_path, corrupt
     4. Reading files              read_manifest, check_layout, load_image
     5. Making the data            make_navigation
-    6. The embedded model         build_embedded, see_batch, make_embedded
+    6. The embedded model         build_embedded, see_talk, make_embedded
     7. Pictures for people        contact_sheet, film_strip, curves
+    8. Files of a run             write_file, Stopped, Log, lock, open_run
+    9. Report                     table, report
 
 A layout is a list of strings of S (start, the elf), F (frozen, safe), H (hole) and G (goal, the
 gift). Cells are (row, column), counted from the top left. `rng` is always a random.Random.
 """
 
+import fcntl
 import functools
 import hashlib
 import json
 import math
 import os
+import platform
 import random
 import re
+import resource
 import shutil
+import signal
 import sys
+import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
+import torch
+import transformers
+import yaml
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
@@ -42,8 +53,8 @@ WORDS = {"F": "ice", "H": "hole", "S": "elf", "G": "gift"}
 UNDER_PATH = {"F": "path", "H": "crash", "S": "start", "G": "found"}
 
 
-class DataError(ValueError):
-    """Something in the data is wrong; the message is one line that says where and what."""
+class UserError(Exception):
+    """Something that the user can mend; the message is one line that says where, what, and how."""
 
 
 # ---------------------------------------------------------------- 1. looks and grid pictures
@@ -95,7 +106,7 @@ def look_of(name):
     if name in LOOKS:
         return LOOKS[name]
     if name not in MIXES:
-        raise DataError(f"unknown look {name!r}")
+        raise UserError(f"unknown look {name!r}")
     rng, used = random.Random(name), []
 
     def colour():
@@ -358,11 +369,12 @@ def _greedy(layout, rng):
 def corrupt(layout, path, rng):
     """A wrong answer near the right one: a non-empty list of at most 2 * len(path) + 4 moves.
 
-    path: a shortest path. The kinds of mistake are mixed so that every outcome of walk occurs.
+    path: a shortest path. The kinds of mistake are mixed so that every outcome of walk occurs; the straight way is the
+    most frequent, as it is among a model's own mistakes.
     """
     names = list(MOVES)
     while True:
-        wrong, kind, at = list(path), rng.randrange(7), rng.randrange(len(path))
+        wrong, kind, at = list(path), min(rng.randrange(10), 6), rng.randrange(len(path))
         if kind == 0:
             wrong[at] = rng.choice(names)
         elif kind == 1:
@@ -377,9 +389,9 @@ def corrupt(layout, path, rng):
                                       ("right", "left")])
             wrong[at:at + 1] = [there, wrong[at], back]
         elif kind == 5:
-            wrong = _greedy(layout, rng)
-        else:
             wrong = rng.choices(names, k=rng.randint(1, len(path) + 2))
+        else:
+            wrong = _greedy(layout, rng)
         if wrong and walk(layout, wrong)[0] != "exact":
             return wrong
 
@@ -387,42 +399,42 @@ def corrupt(layout, path, rng):
 # ---------------------------------------------------------------- 4. reading files
 
 def check_layout(layout):
-    """Raise DataError unless this is a solvable layout of 2 to 16 rows and columns."""
+    """Raise UserError unless this is a solvable layout of 2 to 16 rows and columns."""
     if not isinstance(layout, list) or not all(isinstance(row, str) for row in layout):
-        raise DataError("layout is not a list of strings")
+        raise UserError("layout is not a list of strings")
     if not 2 <= len(layout) <= 16 or not 2 <= len(layout[0]) <= 16:
-        raise DataError("layout needs 2 to 16 rows and columns")
+        raise UserError("layout needs 2 to 16 rows and columns")
     if len(set(map(len, layout))) > 1:
-        raise DataError("layout has rows of different lengths")
+        raise UserError("layout has rows of different lengths")
     cells = "".join(layout)
     if set(cells) - set(WORDS):
-        raise DataError("layout has letters other than S, F, H and G")
+        raise UserError("layout has letters other than S, F, H and G")
     if cells.count("S") != 1 or cells.count("G") != 1:
-        raise DataError("layout needs exactly one S and one G")
+        raise UserError("layout needs exactly one S and one G")
     if shortest_distances(layout)[find_cell(layout, "S")] < 0:
-        raise DataError("layout has no way from S to G")
+        raise UserError("layout has no way from S to G")
 
 
 def read_manifest(path, check=lambda record: None):
     """The records of a JSONL file, unchanged. Image paths are relative to the file's folder.
 
-    check: a task's own look at a record. Raises DataError, "file:line: reason", for the first line that is not a usable record.
+    check: a task's own look at a record. Raises UserError, "file:line: reason", for the first line that is not a usable record.
     """
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error})") from None
     folder, records, seen = path.parent.resolve(), [], set()
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 records.append(_check_record(line, folder, seen))
                 check(records[-1])
-            except DataError as error:
-                raise DataError(f"{path}:{number}: {error}") from None
+            except UserError as error:
+                raise UserError(f"{path}:{number}: {error}") from None
     if not records:
-        raise DataError(f"{path}: has no records")
+        raise UserError(f"{path}: has no records")
     return records
 
 
@@ -430,44 +442,44 @@ def _check_record(line, folder, seen):
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
-        raise DataError("not JSON") from None
+        raise UserError("not JSON") from None
     if not isinstance(record, dict):
-        raise DataError("not a JSON object")
+        raise UserError("not a JSON object")
     for key in ("id", "image"):
         if not isinstance(record.get(key), str) or not record[key]:
-            raise DataError(f'"{key}" is missing or not a text')
+            raise UserError(f'"{key}" is missing or not a text')
     if record["id"] in seen:
-        raise DataError(f"id {record['id']!r} is used twice")
+        raise UserError(f"id {record['id']!r} is used twice")
     seen.add(record["id"])
     name = record["image"]
     if Path(name).is_absolute() or "\0" in name:
-        raise DataError(f"image {name!r} is not a relative path")
+        raise UserError(f"image {name!r} is not a relative path")
     try:
         target = (folder / name).resolve()   # follows links: a link may lead outside as well
         inside, exists = target.is_relative_to(folder), target.is_file()
     except (OSError, RuntimeError, ValueError) as error:   # too long, a circle of links, ...
-        raise DataError(f"image {name!r} is not a usable path ({error})") from None
+        raise UserError(f"image {name!r} is not a usable path ({error})") from None
     if not inside:
-        raise DataError(f"image {name!r} leaves the data folder")
+        raise UserError(f"image {name!r} leaves the data folder")
     if not exists:
-        raise DataError(f"image {name!r} does not exist")
+        raise UserError(f"image {name!r} does not exist")
     return record
 
 
 def load_image(path):
-    """Decode an image file to RGB. DataError if missing, broken, or wider or higher than 4096."""
+    """Decode an image file to RGB. UserError if missing, broken, or wider or higher than 4096."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)   # ours is stricter
             with Image.open(path) as image:
                 if max(image.size) > MAX_SIDE:
-                    raise DataError(f"{path}: image is {image.width} x {image.height} pixels, "
+                    raise UserError(f"{path}: image is {image.width} x {image.height} pixels, "
                                     f"more than {MAX_SIDE}")
                 return image.convert("RGB")
-    except DataError:
+    except UserError:
         raise
     except Exception as error:   # decoders raise many kinds for broken files
-        raise DataError(f"{path}: not a usable image ({error})".replace("\n", " ")) from None
+        raise UserError(f"{path}: not a usable image ({error})".replace("\n", " ")) from None
 
 
 # ---------------------------------------------------------------- 5. making the data
@@ -489,7 +501,7 @@ def _sft_turns(layout, path, wrongs):
 def _sft_record(index, record, rng):
     layout, wrongs = record["layout"], []
     path = sample_shortest_path(layout, rng)
-    count = 0 if index % 2 == 0 else rng.choices((1, 2), (0.7, 0.3))[0]
+    count = 0 if index % 2 == 0 else rng.choices((1, 2, 3, 4), (4, 3, 2, 1))[0]
     while len(wrongs) < count:
         wrong = corrupt(layout, path, rng)
         if wrong not in wrongs:
@@ -521,7 +533,7 @@ def _draw_records(split, wanted, rng, taken):
             if tuple(layout) not in taken:
                 break
         else:
-            raise DataError(f"{split}: no new {size} x {size} map found; ask for fewer")
+            raise UserError(f"{split}: no new {size} x {size} map found; ask for fewer")
         taken.add(tuple(layout))
         records.append((layout, look))
     if split == "train":
@@ -539,9 +551,9 @@ def make_navigation(folder, *, seed, train_maps, sft_traces, test_maps, dev_maps
     """
     folder = Path(folder)
     if folder.exists():
-        raise DataError(f"{folder}: exists already; remove it or choose another folder")
+        raise UserError(f"{folder}: exists already; remove it or choose another folder")
     if sft_traces > train_maps:
-        raise DataError(f"{sft_traces} SFT traces need as many training maps, not {train_maps}")
+        raise UserError(f"{sft_traces} SFT traces need as many training maps, not {train_maps}")
     building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
     (building / "images").mkdir(parents=True)
     try:
@@ -618,9 +630,7 @@ def build_embedded(seed):
     it learns to see: with the usual 0.02 a model this small does not. Queries share keys and values in pairs, which
     halves the cache.
     """
-    import tokenizers   # here: drawing needs none of these
-    import torch
-    import transformers
+    import tokenizers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from vrrl import TAGS
     special = [f"<|{name}|>" for name in "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()]
@@ -674,46 +684,59 @@ def _random_walk(layout, rng, leave):
         row, column = row + MOVES[move][0], column + MOVES[move][1]
 
 
-def see_batch(rng, n, sizes=(3, 4, 5, 6, 7), looks=(*LOOKS, *MIXES), cell=CELL):
-    """n examples (image, question, answer) that teach to see, and nothing about solving.
+def see_talk(rng, pictures, sizes=(3, 4, 5, 6, 7), looks=(*LOOKS, *MIXES), cell=CELL):
+    """A conversation about one map that teaches to see, and nothing about solving: [(image, question, answer), ...].
 
-    A quarter names every cell of a plain picture, row by row. A quarter does so where a random path is
-    drawn: the cells under it have names of their own, a path over ice, a hole, the elf or the gift. Half
-    read the moves of a drawn path. A pretrained model has learnt such things elsewhere; the small one,
-    which starts from nothing, has not.
+    Half of the questions name every cell of a picture, row by row: the plain one, or one with a random path drawn, where
+    the cells under it have names of their own: a path over ice, a hole, the elf or the gift. The others read the moves of
+    a drawn path. In a longer conversation only the first picture's cells are named. A pretrained model has learnt such
+    things elsewhere; the small one, which starts from nothing, has not.
     """
-    batch = []
-    for i in range(n):
-        size, look = rng.choice(sizes), rng.choice(looks)
-        layout = _place(rng, size, round(rng.uniform(0, 0.45) * (size * size - 2)))
+    size, look, talk = rng.choice(sizes), rng.choice(looks), []
+    layout = _place(rng, size, round(rng.uniform(0, 0.45) * (size * size - 2)))
+    for number in range(pictures):
         image, under, at = draw_grid(layout, look, cell), set(), find_cell(layout, "S")
-        moves = _random_walk(layout, rng, leave=rng.random() < 0.15)
-        if i % 4:
+        moves, kind = _random_walk(layout, rng, leave=rng.random() < 0.15), rng.randrange(4)
+        if kind or number:
             image = draw_path(image, (size, size), at, moves, look)
             for dr, dc in [(0, 0), *(MOVES[move] for move in moves)]:
                 at = (at[0] + dr, at[1] + dc)
                 under.add(at)
-        if i % 2:
-            batch.append((image, "say the path", " ".join(moves)))
+        if kind % 2 or number:
+            talk.append((image, "say the path", " ".join(moves)))
         else:
             names = [(UNDER_PATH if (r, c) in under else WORDS)[layout[r][c]] for r in range(size) for c in range(size)]
-            batch.append((image, "say the cells", " ".join(names)))
-    return batch
+            talk.append((image, "say the cells", " ".join(names)))
+    return talk
 
 
 def make_embedded(folder, cfg):
-    """Build the embedded model, teach it to see, and save it as a Hugging Face folder."""
+    """Build the embedded model, teach it to see, and save it as a Hugging Face folder.
+
+    First single pictures, then conversations of up to `see.pictures` of them: seeing must not depend on how much was
+    said before.
+    """
     import vrrl
-    policy, rng = vrrl.Policy(*build_embedded(cfg.seed), cfg), random.Random(cfg.seed)
+    vrrl.save_policy(vrrl.Policy(*build_embedded(cfg.seed), cfg), folder)
+    policy, rng = vrrl.load_policy(folder, cfg), random.Random(cfg.seed)
 
-    def lesson(image, question, answer):
-        picture, ids = policy.picture(image), [*policy.encode(answer), policy.end_id]
-        opening = policy.place(policy.prompt(question, "")[0], picture)
-        return vrrl.Episode({}, opening, picture, turns=[vrrl.Turn(ids, [True] * len(ids))])
+    def lesson(talk):
+        episode = None
+        for image, question, answer in talk:
+            picture, (head, between) = policy.picture(image), policy.prompt(question, question)
+            if episode is None:
+                episode = vrrl.Episode({}, policy.place(head, picture), picture)
+            else:
+                episode.turns[-1].picture, episode.turns[-1].feedback = picture, policy.place(between, picture)
+            ids = [*policy.encode(answer), policy.end_id]
+            episode.turns.append(vrrl.Turn(ids, [True] * len(ids)))
+        return episode
 
-    batches = iter(lambda: [lesson(*example) for example in see_batch(rng, cfg.see.batch)], None)
-    vrrl.supervise(policy, batches, cfg.see.steps, cfg.see.lr, "see")
-    vrrl.save_policy(policy, folder)
+    see = cfg.see
+    for title, steps, most, rate in (("see", see.steps, 1, see.lr), ("talk", see.talk_steps, see.pictures, see.lr / 2)):
+        batch = lambda step: [lesson(see_talk(rng, rng.randint(1, most))) for _ in range(see.batch)]
+        vrrl.supervise(policy, batch, steps, rate, title, vrrl.Log())
+        vrrl.save_policy(policy, folder)
 
 
 # ---------------------------------------------------------------- 7. pictures for people
@@ -949,9 +972,216 @@ def curves(folder):
     draw_curves(folder / "curves.png", panels or [("nothing was trained", {})])
 
 
+# ---------------------------------------------------------------- 8. files of a run
+
+
+def write_file(path, content):
+    """Whole or not at all: a temporary name, fsync, rename. content: text or bytes."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM; what was done is saved."""
+
+    asked = False  # set by the first signal, looked at between steps; the second signal ends the process at once
+
+    @classmethod
+    def on_signals(cls):
+        def soon(number, frame):
+            if cls.asked:
+                raise KeyboardInterrupt
+            cls.asked = True
+            print("\nstopping after this step (again: at once)", file=sys.stderr)
+
+        cls.asked = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, soon)
+
+
+class Log:
+    """What a run leaves while it works: metrics.jsonl (only what the seed decides), timing.jsonl (seconds), checkpoints/.
+
+    folder: None writes nothing.
+    """
+
+    EVERY = 20  # seconds between checkpoints
+
+    def __init__(self, folder=None):
+        self.folder, self.started, self.stages, self.bar = folder, time.time(), {}, None
+
+    def _append(self, name, line):
+        if self.folder:
+            line = {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}
+            with open(self.folder / name, "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def __call__(self, line):
+        self._append("metrics.jsonl", line)
+
+    def time(self, line):
+        """Seconds and counts of a step; `stage` sums them up."""
+        self._append("timing.jsonl", line)
+        sums = self.stages.setdefault(line["stage"], Counter())
+        sums.update({k: v for k, v in line.items() if k not in ("stage", "step")})
+
+    def stage(self, name):
+        """The end of a stage: a line on screen and in run.json, with its seconds, rates and peak memory."""
+        seconds, self.started = time.time() - self.started, time.time()
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+        figures, sums = {"seconds": round(seconds, 1), "peak_memory_mb": memory}, self.stages.get(name, {})
+        if torch.cuda.is_available():
+            figures["peak_gpu_memory_mb"] = torch.cuda.max_memory_allocated() >> 20
+        if sums:
+            sampling, update = sums["seconds_sampling"], sums["seconds_update"]
+            figures |= {"rollouts_per_second": round(sums["rollouts"] / (sampling + update), 1),
+                        "sampled_tokens_per_second": round(sums["sampled_tokens"] / sampling),
+                        "trained_tokens_per_second": round(sums["trained_tokens"] / update),
+                        "seconds_sampling": round(sampling, 1), "seconds_update": round(update, 1)}
+        print(f"{name}:", ", ".join(f"{v:g} {k.replace('_', ' ')}" for k, v in figures.items()), file=sys.stderr)
+        file = self.folder / "run.json"
+        about = json.loads(file.read_text()) if file.is_file() else {}
+        about.setdefault("stages", {})[name] = figures
+        write_file(file, json.dumps(about, indent=1) + "\n")
+
+    def steps(self, title, count, optimizer, state=lambda: None, restore=lambda state: None):
+        """1 .. count under a progress bar; goes on from the stage's last checkpoint, and writes one every EVERY seconds.
+
+        state() is what the stage remembers beside its optimizer, as JSON; restore(state) puts it back. Raises Stopped.
+        """
+        done, saved = self._load(title, optimizer, restore), time.time()
+        with tqdm(total=count, initial=done, desc=title, unit="step", dynamic_ncols=True) as self.bar:
+            for step in range(done + 1, count + 1):
+                yield step
+                self.bar.update()
+                if self.folder and not optimizer.skipped and (Stopped.asked or step == count or time.time() - saved > self.EVERY):
+                    self._save(title, step, optimizer, state())
+                    saved = time.time()
+                if Stopped.asked:
+                    raise Stopped
+
+    def _save(self, title, step, optimizer, state):
+        """Keep the last two checkpoints. A name holds the checksum of its file, so that damage is noticed."""
+        folder = self.folder / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        state = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        content = safetensors.torch.save({**optimizer.state(), "state": state})
+        write_file(folder / f"{title}-{step:07d}-{checksum(content)}.safetensors", content)
+        for old in sorted(folder.glob(f"{title}-*.safetensors"))[:-2]:
+            old.unlink()
+
+    def _load(self, title, optimizer, restore):
+        """Restore the last good checkpoint of a stage and drop later lines of metrics.jsonl. Returns its step, or 0."""
+        if not self.folder:
+            return 0
+        done = 0
+        for file in sorted((self.folder / "checkpoints").glob(f"{title}-*.safetensors"), reverse=True):
+            content = file.read_bytes()
+            if checksum(content) == file.stem.split("-")[2]:
+                found = safetensors.torch.load(content)
+                restore(json.loads(bytes(found.pop("state").tolist())))
+                optimizer.restore(found)
+                done = int(file.stem.split("-")[1])
+                break
+            print(f"{file} is damaged; going on from the one before", file=sys.stderr)
+        metrics, kept = self.folder / "metrics.jsonl", []
+        for line in metrics.read_text().splitlines() if metrics.is_file() else ():
+            try:
+                if json.loads(line)["stage"] != title or json.loads(line)["step"] <= done:
+                    kept.append(line + "\n")
+            except ValueError:  # half a line: the process was killed while it wrote
+                pass
+        write_file(metrics, "".join(kept))
+        return done
+
+
+def checksum(content):
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def lock(folder, wait=False):
+    """Keep other processes out of a folder until this one ends. UserError if one is in there, unless we wait for it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = open(folder / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use by another process: wait for it, or give run=ANOTHER_NAME") from None
+    return file
+
+
+def open_run(folder, flat):
+    """Make the run's folder and write its exact settings. False if it holds these settings' finished run."""
+    settings = {k: v for k, v in flat.items() if k not in ("run", "runs", "data", "mode")}
+    old = folder / "settings.yaml"
+    if old.is_file():
+        before = yaml.safe_load(old.read_text())
+        changed = [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]
+        if changed:
+            raise UserError(f"{folder} holds a run with other settings ({'; '.join(changed[:4])}): "
+                            "give run=ANOTHER_NAME or remove it")
+        if (folder / "results.json").is_file():
+            return False
+    write_file(old, yaml.safe_dump(settings, sort_keys=False))
+    about = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "host": platform.node(), "machine": platform.machine(),
+             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
+             "torch": torch.__version__, "transformers": transformers.__version__}
+    write_file(folder / "run.json", json.dumps(about, indent=1) + "\n")
+    return True
+
+
+# ---------------------------------------------------------------- 9. report
+
+
+def wilson(share, n):
+    """95 % interval of a share of n outcomes (Wilson's)."""
+    z = 1.96
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def table(models):
+    """Markdown: a row a model and split. models: {name: rows of `evaluate`}."""
+    columns = ["first", "final", "committed", "repair_own", "repair_fixed", "break", "commit", "sampled_final"]
+    percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
+    line = lambda *cells: "| " + " | ".join(map(str, cells)) + " |"
+    lines = [line("model", "split", "n", *(c.replace("_", " ") for c in columns), "turns"), line(*["---"] * (len(columns) + 4))]
+    for name, rows in models.items():
+        for row in rows:
+            cells, (low, high) = [percent(row[c]) for c in columns], wilson(row["final"], row["n"])
+            cells[1] += f" [{100 * low:.0f}, {100 * high:.0f}]"
+            lines.append(line(name, row["split"] + " (ood)" * row["ood"], row["n"], *cells, f"{row['turns']:.1f}"))
+        ood = [row for row in rows if row["ood"]]
+        means = [np.mean(found) if (found := [row[c] for row in ood if row[c] is not None]) else None for c in columns]
+        lines.append(line(name, "**mean ood**", sum(row["n"] for row in ood), *(f"**{percent(m)}**" for m in means),
+                          f"{np.mean([row['turns'] for row in ood]):.1f}"))
+    return "\n".join(lines)
+
+
+def report(folder, cfg, task, models, differences, episodes):
+    """results.json, report.md, curves.png and episodes.png of a run folder. Returns what is printed.
+
+    models: {name: rows of `evaluate`}; differences: {key: (mean, low, high)} of the last model to the first.
+    """
+    text = table(models) + "\n"
+    for key, found in differences.items():
+        mean, low, high = (f"{100 * x:+.1f}" for x in found)
+        text += f"\n{[*models][-1]} - {[*models][0]}, out of distribution, {key.replace('_', ' ')}: {mean} points [{low}, {high}]"
+    rows = [{"task": cfg.task, "method": name, "seed": cfg.seed, **row} for name, rows in models.items() for row in rows]
+    about = f"`{cfg.eval.splits}` splits; percent; greedy unless said; brackets: 95 % intervals; paired over maps."
+    write_file(folder / "report.md", f"# {folder.name}\n\n{about}\n\n{text}\n")
+    curves(folder)
+    film_strip(folder / "episodes.png", task, episodes, f"{folder.name}: each attempt is drawn on the image and shown to the model")
+    write_file(folder / "results.json", json.dumps({"rows": rows, "differences": differences}, indent=1) + "\n")
+    return text
+
+
 def main(words):
     """`python data_prep.py NAME [key=value ...]`: the data folder of a task, or the embedded model."""
-    import torch
     import vrrl   # here, not above: vrrl imports this file, and only vrrl reads config.yaml
     name, *rest = words or [""]
     cfg, _ = vrrl.read_config(rest)

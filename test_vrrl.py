@@ -54,7 +54,7 @@ def task(cfg):
 
 @pytest.fixture(scope="session")
 def policy(cfg):
-    return vrrl.Policy(*data_prep.build_embedded(0), cfg)
+    return fresh_policy(cfg)
 
 
 @pytest.fixture(scope="session")
@@ -66,14 +66,33 @@ def lessons():
 @pytest.fixture(scope="session")
 def taught(cfg, task, lessons):
     """A policy that has seen the smoke demonstrations a few times: it keeps to the protocol and solves little."""
-    policy = vrrl.Policy(*data_prep.build_embedded(0), cfg)
+    policy, log = fresh_policy(cfg), Listener(lessons)
     traces = [vrrl.demonstration(policy, task, e) for e in task.load("sft")]
-    vrrl.supervise(policy, vrrl.shuffled(traces, 8, random.Random(0)), 60, 3e-3, "sft", lessons.append)
+    vrrl.supervise(policy, lambda step: vrrl.draw(traces, 8, step, 0), 60, 3e-3, "sft", log)
     return policy
 
 
+class Listener(vrrl.Log):
+    """Keeps the lines of metrics.jsonl in a list."""
+
+    def __init__(self, lines):
+        super().__init__()
+        self.lines = lines
+
+    def __call__(self, line):
+        self.lines.append(line)
+
+
+def fresh_policy(cfg):
+    """The embedded model with random weights, through the code that loads every model."""
+    if not (Path(cfg.data) / "random-model").is_dir():
+        model, tokenizer, processor = data_prep.build_embedded(0)
+        vrrl.save_policy(vrrl.Policy(model, tokenizer, processor, cfg), Path(cfg.data) / "random-model")
+    return vrrl.load_policy(Path(cfg.data) / "random-model", cfg)
+
+
 def settings(home, *words):
-    return vrrl.read_config(["profile=smoke", f"data={home / 'data'}", *words])[0]
+    return vrrl.read_config(["profile=smoke", "policy.dtype=float32", f"data={home / 'data'}", *words])[0]
 
 
 def with_settings(policy, **changes):
@@ -130,8 +149,13 @@ def library_logits(policy, episode):
     """Logits (L, V) of one plain forward of the library's model over a whole conversation."""
     ids = torch.tensor([[*episode.opening, *episode.rest]])
     images = pictures_of(policy, [*episode.opening_pictures, *episode.rest_pictures])
-    return policy.model(input_ids=ids, mm_token_type_ids=ids.eq(policy.image_id).int(), pixel_values=images["pixel_values"],
-                        image_grid_thw=images["image_grid_thw"]).logits[0]
+    config = policy.model.config.text_config
+    ours, config._attn_implementation = config._attn_implementation, "sdpa"  # the library's own attention
+    try:
+        return policy.model(input_ids=ids, mm_token_type_ids=ids.eq(policy.image_id).int(), pixel_values=images["pixel_values"],
+                            image_grid_thw=images["image_grid_thw"]).logits[0]
+    finally:
+        config._attn_implementation = ours
 
 
 def library_log_probs(policy, episode):
@@ -363,7 +387,7 @@ def test_a_move_off_the_grid_is_drawn_in_its_own_colour(look):
 
 
 def test_the_embedded_tokenizer_knows_every_word(policy, task):
-    said = [w for _, q, a in data_prep.see_batch(random.Random(0), 400) for w in (q, a)]
+    said = [w for n in range(150) for _, q, a in data_prep.see_talk(random.Random(n), 3) for w in (q, a)]
     said += [t["text"] for e in task.load("sft") for t in e["turns"]] + [policy.cfg.protocol.question, policy.cfg.protocol.feedback]
     assert not any(policy.tokenizer.unk_token_id in policy.encode(text) for text in said)
 
@@ -590,7 +614,7 @@ def test_positions_are_the_librarys(policy, task):
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_reading_turn_by_turn_equals_one_plain_forward(policy, task, grad):
-    episodes = demonstrations(policy, task, 4, 3)  # rows of different length, all of four turns
+    episodes = [e for e in demonstrations(policy, task, 4, 40) if len(e.turns) == 4][:3]  # rows of different length
     with torch.set_grad_enabled(grad):
         context, hidden = vrrl.Context(len(episodes), policy.device), [[] for _ in episodes]
         parts = [[(e.opening, e.opening_pictures)] + [p for t in e.turns for p in ((t.ids, []), (t.feedback, [t.picture] if t.picture else []))] for e in episodes]
@@ -650,9 +674,10 @@ def test_recorded_log_probs_equal_recomputed_ones(taught, task, monkeypatch):
 
 def test_sharing_a_groups_opening_changes_neither_log_probs_nor_gradients(taught, task, monkeypatch):
     episodes, results = sampled(taught, task, monkeypatch), []
-    for group in (1, 3):
+    alone = [dataclasses.replace(e, question_ids=list(e.question_ids)) for e in episodes]  # nothing tells that they share it
+    for batch in (alone, episodes):
         taught.model.zero_grad()
-        logps, _ = taught.log_probs(episodes, group)
+        logps, _ = taught.log_probs(batch)
         sum((n + 1) * l.sum() for n, l in enumerate(logps)).backward()
         results.append((logps, [p.grad.clone() for p in taught.model.parameters() if p.grad is not None]))
     taught.model.zero_grad()
@@ -660,7 +685,9 @@ def test_sharing_a_groups_opening_changes_neither_log_probs_nor_gradients(taught
     assert furthest([x.detach() for x in a], [x.detach() for x in b]) < 1e-4 and furthest(da, db) < 1e-3 * max(g.abs().max() for g in da)
 
 
-def test_greedy_play_in_a_batch_equals_play_one_by_one(taught, task):
+def test_greedy_play_in_a_batch_equals_play_one_by_one(taught, task, monkeypatch):
+    """Every text counts as an attempt that it decides, or now and then as the end: conversations differ in length."""
+    monkeypatch.setattr(vrrl, "parse_turn", lambda task, text: (random.Random(text).choice(["answer", "answer", "bad"]), None, tuple(random.Random(text).choices(list(MOVES), k=4))))
     starts = [vrrl.begin(taught, task, e) for e in task.load("train")[:8]] + [rolled_in(taught, task, e, force_think=True) for e in task.load("test_size")[:4]]
     together = vrrl.play(taught, task, starts, 1, 4, None, greedy=True)
     alone = [vrrl.play(taught, task, [s], 1, 4, None, greedy=True)[0] for s in starts]
@@ -732,7 +759,7 @@ def gradient(logp, weights, advantage=0.7, kl=0.0, reference=None, rollouts=4):
 
 
 def test_masked_turns_get_no_gradient_and_the_others_what_they_get_unmasked(policy, task):
-    e = demonstrations(policy, task, 4, 1)[0]
+    e = next(e for e in demonstrations(policy, task, 4, 40) if len(e.turns) == 4)
     e = scripted(policy, task, e.example, *(t.text for t in e.turns))
     number = torch.tensor([t for _, t in e.actions])
     logp = leaf(len(number))
@@ -752,7 +779,7 @@ def test_expected_masking_is_the_average_of_random_masking(policy, task):
 
 
 def test_the_first_unmasked_turn_is_drawn_evenly_from_all_turns(policy, task):
-    e = demonstrations(policy, task, 4, 1)[0]
+    e = next(e for e in demonstrations(policy, task, 4, 40) if len(e.turns) == 4)
     e = scripted(policy, task, e.example, *(t.text for t in e.turns))
     rng = random.Random(0)
     firsts = Counter(next(t for w, (_, t) in zip(vrrl.turn_weights(e, "random", rng), e.actions) if w) for _ in range(4000))
@@ -850,7 +877,7 @@ def test_the_buffer_is_first_in_first_out(cfg, task, wrong):
     stored = buffer(cfg, size=3)
     for step, e in enumerate(wrong[:5]):
         stored.add(task, e, step, random.Random(0))
-    assert [(r.step, r.start.example["id"]) for r in stored.entries] == [(n, wrong[n].example["id"]) for n in (2, 3, 4)]
+    assert [(r.step, r.example["id"]) for r in stored.entries] == [(n, wrong[n].example["id"]) for n in (2, 3, 4)]
 
 
 def test_the_buffer_keeps_few_prefixes_of_one_question(cfg, task, wrong):
@@ -862,7 +889,7 @@ def test_the_buffer_keeps_few_prefixes_of_one_question(cfg, task, wrong):
         stored.add(task, e, 0, random.Random(0))
     assert len(stored.entries) == 4  # full: the first of the two has left
     stored.add(task, wrong[0], 0, random.Random(0))
-    assert stored.entries[-1].start.example["id"] == wrong[0].example["id"]  # there is room again
+    assert stored.entries[-1].example["id"] == wrong[0].example["id"]  # there is room again
 
 
 def test_stale_prefixes_are_not_drawn(cfg, task, wrong):
@@ -888,7 +915,7 @@ def test_wrong_prefixes_are_drawn_as_often_as_the_setting_says(cfg, task, wrong,
     for e in wrong[:2] + right:  # few wrong, many right: the mix must not depend on it
         stored.add(task, e, 0, rng)
     drawn = [stored.draw(0, rng) for _ in range(2000)]
-    assert abs(sum(s.force_think for s in drawn) / 2000 - share) < 0.04
+    assert abs(sum(not r.right for r in drawn) / 2000 - share) < 0.04
 
 
 def test_a_buffer_of_one_kind_only_is_still_drawn_from(cfg, task, right):
@@ -902,7 +929,7 @@ def test_a_prefix_has_at_most_so_many_attempts(cfg, task, wrong, most):
     stored, rng = buffer(cfg, max_attempts=most, per_question=1000), random.Random(0)
     for _ in range(60):
         stored.add(task, wrong[0], 0, rng)
-    assert {len(r.start.attempts) for r in stored.entries} == set(range(1, most + 1))
+    assert {len(r.turns) for r in stored.entries} == set(range(1, most + 1))
 
 
 def test_only_well_formed_prefixes_of_fresh_episodes_with_a_shown_attempt_enter(cfg, policy, task, wrong):
@@ -919,7 +946,7 @@ def test_only_well_formed_prefixes_of_fresh_episodes_with_a_shown_attempt_enter(
     for _ in range(20):  # well-formed up to the first attempt only
         stored = buffer(cfg)
         stored.add(task, scripted(policy, task, example, answer("up"), answer("left"), final("left")), 0, rng)
-        assert len(stored.entries[0].start.replayed) == 1
+        assert len(stored.entries[0].turns) == 1
 
 
 def test_a_prefix_is_labelled_by_its_last_attempt_and_forced_to_think_after_a_wrong_one(cfg, policy, task):
@@ -930,7 +957,8 @@ def test_a_prefix_is_labelled_by_its_last_attempt_and_forced_to_think_after_a_wr
     for _ in range(30):
         stored.add(task, e, 7, rng)
     for r in stored.entries:
-        assert r.right == task.exact(example, r.start.attempts[-1]) == (not r.start.force_think) and r.step == 7
+        start = r.start(policy, task)
+        assert r.right == task.exact(example, start.attempts[-1]) == (not start.force_think) and r.step == 7
         found.add(r.right)
     assert found == {True, False}
 
@@ -945,15 +973,25 @@ def test_a_roll_in_goes_on_exactly_where_the_stored_episode_stopped(cfg, taught,
         stored.add(task, e, 0, rng)
         assert not e.replayed and [len(t.ids) for t in e.turns] == before  # what will be trained stays whole
     assert len(stored.entries) >= 8
+    pixels = lambda e: [p.pixels.tolist() for p in e.opening_pictures]
     for r in stored.entries:
-        source = next(e for e in past if r.start.replayed[0] is e.turns[0])
-        cut = len(r.start.replayed)
+        source = next(e for e in past if r.example is e.example and r.turns[0].ids is e.turns[0].ids)
+        start, cut = r.start(taught, task), len(r.turns)
         upto = sum(len(t.ids) + len(t.feedback) for t in source.turns[:cut])
-        assert r.start.opening == source.opening + source.rest[:upto] and r.start.rest == []
-        assert [id(p) for p in r.start.opening_pictures] == [id(p) for p in [*source.opening_pictures, *source.rest_pictures[:cut]]]
-    for e in vrrl.play(taught, task, [r.start for r in stored.entries], 2, 3, torch.Generator().manual_seed(1)):
-        source = next(p for p in past if p.turns[0] is e.replayed[0])
-        assert e.opening == (source.opening + source.rest)[: len(e.opening)] and not any(t is u for t in e.turns for u in source.turns)
+        assert start.opening == source.opening + source.rest[:upto] and start.rest == [] and start.force_think == (not r.right)
+        assert pixels(start) == [p.pixels.tolist() for p in [*source.opening_pictures, *source.rest_pictures[:cut]]]
+        for e in vrrl.play(taught, task, [start], 2, 3, torch.Generator().manual_seed(1)):
+            assert e.opening == start.opening and e.replayed == start.replayed and e.turns
+
+
+def test_a_buffer_comes_back_from_a_checkpoint_as_it_was(cfg, policy, task, wrong, right):
+    stored, again = buffer(cfg), buffer(cfg)
+    for step, e in enumerate(wrong + right):
+        stored.add(task, e, step, random.Random(step))
+    again.restore(json.loads(json.dumps(stored.state())), task, task.load("sft") + task.load("train"))
+    same = lambda r: (r.start(policy, task).opening, [p.pixels.tolist() for p in r.start(policy, task).opening_pictures], r.right, r.step)
+    assert [same(r) for r in again.entries] == [same(r) for r in stored.entries] and len(stored.entries) == 16
+    assert [again.draw(9, random.Random(n)).example["id"] for n in range(20)] == [stored.draw(9, random.Random(n)).example["id"] for n in range(20)]
 
 
 def test_a_roll_ins_fresh_turns_get_the_whole_turn_budget(taught, task, monkeypatch):
@@ -1003,8 +1041,7 @@ def test_sft_lowers_the_loss(taught, lessons):
 
 
 def test_passes_over_the_items_are_whole_and_in_new_orders():
-    lists = vrrl.shuffled(list(range(10)), 4, random.Random(0))
-    passed = [i for _ in range(10) for i in next(lists)]
+    passed = [i for step in range(1, 11) for i in vrrl.draw(list(range(10)), 4, step, 0)]
     assert all(sorted(passed[n:n + 10]) == list(range(10)) for n in (0, 10, 20, 30)) and passed[:10] != passed[10:20]
 
 
@@ -1018,15 +1055,19 @@ def test_rl_gives_every_rollout_its_own_advantage_mask_and_reference(home, taugh
     score = lambda task, e, cfg: sum(e.rest) % 7 / 10 + 0.1  # spread out, so that nearly every group has signal
     batches, losses, lines, real = [], [], [], (policy.log_probs, vrrl.policy_loss)
     monkeypatch.setattr(vrrl, "reward", score)
-    monkeypatch.setattr(policy, "log_probs", lambda batch, group: batches.append(batch) or real[0](batch, group))
+    monkeypatch.setattr(policy, "log_probs", lambda batch: batches.append(batch) or real[0](batch))
+    played, play = [], vrrl.play
+    monkeypatch.setattr(vrrl, "play", lambda *args, **kwargs: played.append(play(*args, **kwargs)) or played[-1])
     monkeypatch.setattr(vrrl, "policy_loss", lambda *args: losses.append(args) or real[1](*args))
-    vrrl.rl(policy, taught, task, cfg, lines.append)
+    vrrl.rl(policy, taught, task, cfg, Listener(lines))
     assert len(batches) == len(losses) >= 6 and any(e.replayed for b in batches for e in b)
+    groups = {id(e): step[n // 3 * 3:n // 3 * 3 + 3] for step in played for n, e in enumerate(step)}
+    assert all(len({id(x.question_ids) for x in group}) == 1 for group in groups.values())
+    assert len({id(e) for b in batches for e in b}) == sum(map(len, batches))  # each kept rollout once
     for batch, (logps, refs, advantage, weights, weight, rollouts) in zip(batches, losses):
-        r = [score(task, e, None) for e in batch]
-        others = [sum(r[n // 3 * 3:n // 3 * 3 + 3]) - r[n] for n in range(len(r))]
-        assert advantage == pytest.approx([r[n] - others[n] / 2 for n in range(len(r))], abs=1e-5)
-        assert all(len({id(e.example), *map(id, (x.example for x in batch[n // 3 * 3:n // 3 * 3 + 3]))}) == 1 for n, e in enumerate(batch))
+        r = lambda e: score(task, e, None)
+        expected = [r(e) - sum(r(x) for x in groups[id(e)] if x is not e) / 2 for e in batch]
+        assert advantage.tolist() == pytest.approx(expected, abs=1e-5)
         assert (weight, rollouts) == (kl, 18)  # all sampled rollouts, whatever is kept or masked
         assert all(len(l) == len(w) == len(e.actions) for l, w, e in zip(logps, weights, batch))
         assert all(w.min() == 1 for w, e in zip(weights, batch) if e.replayed)
@@ -1043,14 +1084,14 @@ def test_a_vision_tower_in_training_looks_at_every_picture_anew(home, taught, ta
     policy = vrrl.Policy(copy.deepcopy(taught.model), taught.tokenizer, taught.processor, cfg)
     score, real, rolled = (lambda task, e, cfg: sum(e.rest) % 7 / 10 + 0.1), policy.log_probs, []
 
-    def log_probs(batch, group):
+    def log_probs(batch):
         assert all(f.requires_grad for e in batch for f, _ in policy.look([*e.opening_pictures, *e.rest_pictures]))
         rolled.extend(e for e in batch if e.replayed)
-        return real(batch, group)
+        return real(batch)
 
     monkeypatch.setattr(vrrl, "reward", score)
     monkeypatch.setattr(policy, "log_probs", log_probs)
-    vrrl.rl(policy, taught, task, cfg, lambda line: None)
+    vrrl.rl(policy, taught, task, cfg, vrrl.Log())
     assert rolled
 
 
@@ -1060,7 +1101,7 @@ def test_a_step_without_signal_changes_nothing(home, taught, task, monkeypatch):
     for constant in (0.0, 0.1, 1.0):
         monkeypatch.setattr(vrrl, "reward", lambda *args: constant)
         lines = []
-        vrrl.rl(policy, taught, task, cfg, lines.append)
+        vrrl.rl(policy, taught, task, cfg, Listener(lines))
         assert lines[0]["kept"] == 0
     assert furthest(policy.model.parameters(), taught.model.parameters()) == 0
 
@@ -1071,7 +1112,7 @@ def test_rl_raises_a_reward_that_is_easy_to_raise(home, taught, task, monkeypatc
     policy = vrrl.Policy(copy.deepcopy(taught.model), taught.tokenizer, taught.processor, cfg)
     up, lines = policy.encode("up")[0], []
     monkeypatch.setattr(vrrl, "reward", lambda task, e, cfg: float(up in e.rest[:3]))
-    vrrl.rl(policy, taught, task, cfg, lines.append)
+    vrrl.rl(policy, taught, task, cfg, Listener(lines))
     assert lines[-1]["reward"] > 0.85 > 0.7 > lines[0]["reward"]
 
 
@@ -1119,7 +1160,7 @@ def test_the_paired_difference_is_that_of_the_out_of_distribution_maps():
 
 @pytest.mark.parametrize("right, n, low, high", [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)])
 def test_intervals_are_wilsons(right, n, low, high):
-    assert vrrl.wilson(right / n, n) == pytest.approx((low, high), abs=2e-3)
+    assert data_prep.wilson(right / n, n) == pytest.approx((low, high), abs=2e-3)
 
 
 def test_curves_of_a_run_without_any_step_are_drawn(tmp_path):

@@ -32,8 +32,7 @@ Read it from top to bottom, in the order in which an episode lives:
      8 SFT           the demonstrations that teach the protocol
      9 RL            the training loop
     10 evaluation    first and final accuracy, repair, in and out of distribution
-    11 report        tables, curves, film strips
-    12 main          the modes of the command line
+    11 main          the modes of the command line
 
 Run `python vrrl.py` for the default run, `python vrrl.py --help` for every setting.
 """
@@ -45,10 +44,8 @@ import itertools
 import json
 import math
 import os
-import platform
 import random
 import re
-import resource
 import shutil
 import sys
 import time
@@ -65,13 +62,10 @@ import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 import data_prep
+from data_prep import Log, Stopped, UserError, write_file
 
 transformers.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
-
-
-class UserError(Exception):
-    """Something that the user can mend: `main` prints its one line and exits with code 2."""
 
 
 # ======================================================================================================
@@ -296,6 +290,23 @@ class KeyValues:
             self.layers[layer] = tuple(t[:, :, : self.length].index_select(0, rows) for t in pair)
 
 
+def grouped_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Attention for a CPU: query (B, heads, W, D), key and value (B, kv_heads, L, D), mask True where W may look at L.
+
+    The heads that share a key are handled as more rows of one product. The library's own way copies every key and
+    value for every head, at every sampled token; and its fused kernel has a slow backward pass in bf16.
+    """
+    size, heads, width, dim = query.shape
+    shared = key.shape[1]
+    scores = query.reshape(size, shared, -1, dim) @ key.contiguous().transpose(2, 3) * scaling
+    scores = scores.view(size, heads, width, -1).masked_fill(~attention_mask, -1e9)
+    out = scores.softmax(-1).view(size, shared, heads // shared * width, -1) @ value.contiguous()
+    return out.view(size, heads, width, dim).transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("grouped", grouped_attention)
+
+
 class Context:
     """A batch of B conversations as far as the model has read them.
 
@@ -393,7 +404,7 @@ class Policy:
             group = list(group)
             for part in (group[i : i + 256] for i in range(0, len(group), 256)):  # 256 pictures a pass
                 x = torch.from_numpy(np.stack([q.pixels for q in part])).to(self.device).float() / 255
-                x = (x - self.mean) / self.std
+                x = ((x - self.mean) / self.std).to(self.model.dtype)
                 # (N, H, W, 3) -> rows of patches in the library's order: merge blocks, then the patches of a block,
                 # each (channel, frame, y, x). A still image counts as two equal frames.
                 n, (height, width, _) = len(part), shape
@@ -515,18 +526,19 @@ class Policy:
         context.position = context.position + new
         context.last = torch.where(new[:, None], hidden, context.last)
 
-    def log_probs(self, episodes, group=1):
+    def log_probs(self, episodes):
         """Log-probs, with gradients, and entropies of the action tokens of Episodes (section 4).
 
-        Returns two lists of (action tokens,) tensors.
-
-        Each run of `group` episodes shares its opening (the question, or a roll-in prefix), which is read once.
+        Returns two lists of (action tokens,) tensors. An opening that several episodes share is read once.
         """
-        heads = episodes[::group]
+        first = {}  # opening -> the first episode that has it
+        shared = [first.setdefault((id(e.question_ids), *map(id, e.replayed)), e) for e in episodes]
+        heads = list(first.values())
         context = Context(len(heads), self.device)
         self.extend(context, [e.opening for e in heads], [p for e in heads for p in e.opening_pictures])
-        if group > 1:
-            context.take(torch.arange(len(heads), device=self.device).repeat_interleave(group))
+        if len(heads) < len(episodes):
+            row = {id(e): n for n, e in enumerate(heads)}
+            context.take(torch.tensor([row[id(e)] for e in shared], device=self.device))
         first, rows = context.last[:, None], [e.rest for e in episodes]
         hidden = self.extend(context, rows, [p for e in episodes for p in e.rest_pictures])
         hidden = torch.cat([first, hidden], 1)  # column j now predicts token j of the row
@@ -549,7 +561,8 @@ def load_policy(name, cfg):
     device, source = device_of(cfg), str(folder) if folder.is_dir() else name
     try:
         model = transformers.AutoModelForImageTextToText.from_pretrained(
-            source, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
+            source, dtype=dtype_of(cfg, device),
+            attn_implementation={"text_config": "grouped" if device.type == "cpu" else "sdpa", "vision_config": "sdpa"})
         return Policy(model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(source),
                       Qwen2VLImageProcessorPil.from_pretrained(source), cfg)
     except (OSError, ValueError) as error:
@@ -566,6 +579,12 @@ def device_of(cfg):
     if cfg.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda: torch sees no GPU; use device=cpu")
     return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(cfg, device):
+    """The dtype of the weights and of all arithmetic but sums, norms and softmax. auto: bf16 where the machine has it."""
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return {"auto": torch.bfloat16 if fast else torch.float32}.get(cfg.policy.dtype) or getattr(torch, cfg.policy.dtype)
 
 
 # ======================================================================================================
@@ -748,11 +767,21 @@ def reward(task, episode, cfg):
 
 @dataclasses.dataclass
 class RollIn:
-    """A stored prefix: the start of an episode up to a decision, labelled by its last drawn attempt."""
+    """A stored prefix: the first turns of an episode up to a decision, labelled by the last attempt. Pictures are drawn again."""
 
-    start: Episode
+    example: dict
+    turns: list
     right: bool
     step: int  # optimizer step at which it was sampled
+
+    def start(self, policy, task):
+        """The episode to go on with, as it was when it was cut."""
+        episode = begin(policy, task, self.example)
+        # After a wrong attempt the next turn is forced to open with <THINK>, so that it cannot be committed.
+        episode.replayed, episode.force_think = [dataclasses.replace(t) for t in self.turns], not self.right
+        for turn in episode.replayed:
+            give_feedback(policy, task, episode, turn, {})
+        return episode
 
 
 class RollInBuffer:
@@ -771,23 +800,31 @@ class RollInBuffer:
             return
         cuts = [n for n, t in enumerate(episode.turns[: self.cfg.max_attempts], 1)
                 if t.picture is not None and well_formed(task, episode.turns[:n], unfinished=True)]
-        stored = sum(e.start.example["id"] == episode.example["id"] for e in self.entries)
+        stored = sum(e.example["id"] == episode.example["id"] for e in self.entries)
         if not cuts or stored >= self.cfg.per_question:
             return
         cut = rng.choice(cuts)
         right = task.exact(episode.example, episode.turns[cut - 1].attempt)
-        # After a wrong attempt the next turn is forced to open with <THINK>, so that it cannot be committed.
-        start = dataclasses.replace(episode, replayed=episode.turns[:cut], turns=[], force_think=not right)
-        self.entries.append(RollIn(start, right, step))
+        turns = [dataclasses.replace(t, picture=None, feedback=()) for t in episode.turns[:cut]]
+        self.entries.append(RollIn(episode.example, turns, right, step))
 
     def draw(self, step, rng):
-        """A start for a roll-in group, or None while too few fresh prefixes are stored."""
+        """A RollIn, or None while too few fresh prefixes are stored."""
         young = [e for e in self.entries if step - e.step <= self.cfg.max_age]
         if len(young) < self.cfg.start:
             return None
         right = rng.random() >= self.cfg.wrong_share
-        pool = [e for e in young if e.right == right] or young
-        return rng.choice(pool).start
+        return rng.choice([e for e in young if e.right == right] or young)
+
+    def state(self):
+        """The entries as JSON can hold them."""
+        return [[e.example["id"], [[t.ids, t.trained, t.text] for t in e.turns], e.right, e.step] for e in self.entries]
+
+    def restore(self, state, task, examples):
+        examples = {e["id"]: e for e in examples}
+        for name, turns, right, step in state:
+            turns = [Turn(ids, trained, (), *parse_turn(task, text), text) for ids, trained, text in turns]
+            self.entries.append(RollIn(examples[name], turns, right, step))
 
 
 # ======================================================================================================
@@ -866,42 +903,85 @@ def demonstration(policy, task, example):
     return episode
 
 
-def supervise(policy, batches, steps, lr, title, log=lambda line: None, micro=32):
-    """AdamW on the mean negative log-prob of the taught tokens; `batches` yields lists of Episodes.
+def supervise(policy, batch, steps, lr, title, log, micro=32):
+    """AdamW on the mean negative log-prob of the taught tokens; `batch(step)` is a list of Episodes.
 
     The rate warms up over a tenth of the steps (100 at most) and falls to a tenth along a cosine.
     """
-    optimizer = adamw(policy, lr)
-    warmup = max(1, min(100, steps // 10))
-    for step in tqdm(range(1, steps + 1), desc=title, unit="step", dynamic_ncols=True):
+    optimizer, warmup = Optimizer(policy), max(1, min(100, steps // 10))
+    for step in log.steps(title, steps, optimizer):
         rate = lr * min(1.0, step / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batch = sorted(next(batches), key=lambda e: len(e.opening) + len(e.rest))  # little padding
-        tokens, total = sum(len(e.actions) for e in batch), 0.0
-        optimizer.zero_grad()
-        for part in (batch[i : i + micro] for i in range(0, len(batch), micro)):
+        episodes = sorted(batch(step), key=lambda e: len(e.opening) + len(e.rest))  # little padding
+        tokens, total = sum(len(e.actions) for e in episodes), 0.0
+        for part in (episodes[i : i + micro] for i in range(0, len(episodes), micro)):
             loss = -torch.cat(policy.log_probs(part)[0]).sum() / tokens
             loss.backward()
             total += loss.item()
-        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0).item()
-        optimizer.step()
+        norm = optimizer.step(rate, clip=1.0)
         log({"stage": title, "step": step, "loss": total, "grad_norm": norm, "lr": rate})
 
 
-def adamw(policy, lr):
-    trained = [p for p in policy.model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr, betas=(0.9, 0.95), weight_decay=0.0)
+class Optimizer:
+    """AdamW on fp32 copies of the weights that may change.
+
+    A bf16 number has 8 significant bits: added to the weight itself, an update below 1/256 of it would be rounded away.
+    """
+
+    def __init__(self, policy):
+        self.weights = [p for p in policy.model.parameters() if p.requires_grad]
+        self.copies = [p.detach().float().clone() for p in self.weights]
+        self.adam = torch.optim.AdamW(self.copies, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.skipped = 0  # steps in a row
+
+    def step(self, lr, clip):
+        """One update from the model's gradients, which are cleared. Returns their norm before clipping.
+
+        A step whose norm is not finite changes nothing; ten in a row raise UserError.
+        """
+        for weight, copy in zip(self.weights, self.copies):
+            copy.grad = torch.zeros_like(copy) if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        norm = torch.nn.utils.clip_grad_norm_(self.copies, clip).item()
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped == 10:
+            raise UserError("ten steps in a row had a loss or gradient that is not finite: lower the learning rate; "
+                            "the same command goes on from the last good checkpoint")
+        if not self.skipped:
+            self.adam.param_groups[0]["lr"] = lr
+            self.adam.step()
+            self.publish()
+        return norm
+
+    @torch.no_grad()
+    def publish(self):
+        torch._foreach_copy_(self.weights, self.copies)
+
+    def state(self):
+        """All that a checkpoint needs: {name: tensor}."""
+        found = {f"weight.{i}": copy for i, copy in enumerate(self.copies)}
+        for i, kept in self.adam.state_dict()["state"].items():
+            found |= {f"{name}.{i}": tensor for name, tensor in kept.items()}
+        return found
+
+    def restore(self, state):
+        """Go on from `state`; the model's weights are set as well."""
+        for i, copy in enumerate(self.copies):
+            copy.copy_(state[f"weight.{i}"])
+            self.adam.state[copy] = {name: state[f"{name}.{i}"] for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{i}" in state}
+        self.publish()
 
 
-def shuffled(items, count, rng):
-    """Endless lists of `count` items; each pass over the items is in a new order."""
-    order = []
-    while True:
-        while len(order) < count:
-            order += rng.sample(range(len(items)), len(items))
-        yield [items[i] for i in order[:count]]
-        order = order[count:]
+@functools.lru_cache(maxsize=8)
+def order(count, seed, epoch):
+    return random.Random(f"{seed} {epoch}").sample(range(count), count)
+
+
+def draw(items, count, step, seed):
+    """The `count` items of a step (1, 2, ...); each pass over the items is in a new order.
+
+    Order depends on step and seed alone, so that a run that goes on after a stop draws the same.
+    """
+    return [items[order(len(items), seed, n // len(items))[n % len(items)]] for n in range((step - 1) * count, step * count)]
 
 
 def sft(policy, task, cfg, log):
@@ -910,11 +990,11 @@ def sft(policy, task, cfg, log):
     Then whole traces: the protocol, first answers, and corrections of given wrong attempts.
     """
     policy.freeze_vision(cfg.sft.freeze_vision)
-    examples, rng = task.load("sft"), random.Random(cfg.seed)
+    examples = task.load("sft")
     answer = lambda e: {**e, "turns": [{"text": e["turns"][-1]["text"].replace("FINAL", "ANSWER"), "loss": True}]}
     for title, steps, traces in (("first", cfg.sft.first_steps, map(answer, examples)), ("sft", cfg.sft.steps, examples)):
         traces = [demonstration(policy, task, e) for e in traces] if steps else []
-        supervise(policy, shuffled(traces, cfg.sft.batch, rng), steps, cfg.sft.lr, title, log)
+        supervise(policy, lambda step: draw(traces, cfg.sft.batch, step, cfg.seed), steps, cfg.sft.lr, title, log)
 
 
 # ======================================================================================================
@@ -930,62 +1010,66 @@ def average(values):
 
 def rl(policy, reference, task, cfg, log):
     """VRRL, or what the method's row leaves of it, from the SFT model `policy`; `reference` is its frozen copy."""
-    rng, generator = random.Random(cfg.seed), torch.Generator(policy.device).manual_seed(cfg.seed)
     policy.freeze_vision(cfg.rl.freeze_vision)
     reference.freeze_vision(True)
-    optimizer = adamw(policy, cfg.rl.lr)
-    buffer, questions = RollInBuffer(cfg.buffer), shuffled(task.load("train"), cfg.rl.questions, rng)
-    group, rollouts = cfg.rl.samples, 0
-    for step in (bar := tqdm(range(1, cfg.rl.steps + 1), desc=cfg.method, unit="step", dynamic_ncols=True)):
-        for g in optimizer.param_groups:
-            g["lr"] = cfg.rl.lr * min(1.0, step / 5) * (1.0 - 0.9 * step / cfg.rl.steps)
+    optimizer, buffer, examples, group = Optimizer(policy), RollInBuffer(cfg.buffer), task.load("train"), cfg.rl.samples
+    restore = lambda state: buffer.restore(state, task, examples)
+    for step in log.steps("rl", cfg.rl.steps, optimizer, buffer.state, restore):
+        began = time.time()
+        # All that is random in a step hangs on its number alone: a run that was stopped goes on as if it had not been.
+        rng, generator = random.Random(f"{cfg.seed} {step}"), torch.Generator(policy.device).manual_seed(1_000_003 * cfg.seed + step)
+        rate = cfg.rl.lr * min(1.0, step / 5) * (1.0 - 0.9 * step / cfg.rl.steps)
 
         # --- sample: each question from its start, or replaced by a roll-in prefix
         starts = []
-        for example in next(questions):
-            prefix = buffer.draw(step, rng) if rng.random() >= cfg.rl.rtm_share else None
-            starts.append(prefix or begin(policy, task, example))
+        for example in draw(examples, cfg.rl.questions, step, cfg.seed):
+            rollin = buffer.draw(step, rng) if rng.random() >= cfg.rl.rtm_share else None
+            starts.append(rollin.start(policy, task) if rollin else begin(policy, task, example))
         episodes = play(policy, task, starts, group, cfg.rl.max_turns, generator, training=True)
-        rollouts += len(episodes)
+        sampled = time.time()
 
         # --- advantages: within each group of rollouts from one start
         rewards = torch.tensor([reward(task, e, cfg.reward) for e in episodes]).view(-1, group)
-        advantage = advantages(rewards, cfg.rl.std_norm)
+        advantage = advantages(rewards, cfg.rl.std_norm).flatten().to(policy.device)
         # Groups without signal are dropped: all rewards equal, or nearly all failed or exact (the release's bounds).
         mean, spread = rewards.mean(1), rewards.max(1).values - rewards.min(1).values
         kept = [n for n in range(len(starts)) if spread[n] > 1e-6 and 0.01 < mean[n] < 0.99]
 
-        # --- update: one gradient step on this batch, in micro-batches of whole groups of similar length
-        groups = [episodes[n * group : (n + 1) * group] for n in range(len(starts))]
-        kept.sort(key=lambda n: (len(groups[n][0].opening), max(len(e.rest) for e in groups[n])))
-        optimizer.zero_grad()
+        # --- update: one gradient step on this batch, in micro-batches of rollouts of similar length. They are sorted as
+        # pairs of one group: a pair shares its opening, and pads less than its whole group would.
+        length = lambda i: len(episodes[i].rest)
+        pairs = []
+        for n in kept:
+            rows = sorted(range(n * group, (n + 1) * group), key=length)
+            pairs += [rows[i : i + 2] for i in range(0, group, 2)]
+        rows = [i for pair in sorted(pairs, key=lambda pair: length(pair[-1])) for i in pair]
         entropy, divergence, tokens = 0.0, [], 0
-        width = max(1, cfg.rl.micro // group)
-        for at in range(0, len(kept), width):
-            part = kept[at : at + width]
-            batch = [e for n in part for e in groups[n]]
-            logps, entropies = policy.log_probs(batch, group)
+        for at in range(0, len(rows), cfg.rl.micro):
+            part = rows[at : at + cfg.rl.micro]
+            batch = [episodes[i] for i in part]
+            logps, entropies = policy.log_probs(batch)
             refs = logps
             if cfg.rl.kl or at == 0:  # without a KL term, the divergence is measured on one micro-batch only
                 with torch.no_grad():
-                    refs = reference.log_probs(batch, group)[0]
+                    refs = reference.log_probs(batch)[0]
                     divergence.append(kl_terms(torch.cat(logps), torch.cat(refs)).mean().item())
             weights = [torch.tensor(turn_weights(e, cfg.rl.prefix_mask, rng), device=policy.device) for e in batch]
-            policy_loss(logps, refs, advantage[part].flatten(), weights, cfg.rl.kl, len(episodes)).backward()
+            policy_loss(logps, refs, advantage[part], weights, cfg.rl.kl, len(episodes)).backward()
             entropy += torch.cat(entropies).sum().item()
             tokens += sum(len(l) for l in logps)
-        norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), cfg.rl.clip).item()
-        if kept and math.isfinite(norm):
-            optimizer.step()
+        norm = optimizer.step(rate, cfg.rl.clip) if kept else 0.0
 
         # --- roll-ins for later steps
         for n in rng.sample(range(len(episodes)), len(episodes)):
             buffer.add(task, episodes[n], step, rng)
+        log.time({"stage": "rl", "step": step, "rollouts": len(episodes), "seconds_sampling": sampled - began,
+                  "seconds_update": time.time() - sampled, "sampled_tokens": sum(len(t.ids) for e in episodes for t in e.turns),
+                  "trained_tokens": tokens})
 
         # --- what a collapse would show in
         fresh = [e for e in episodes if not e.replayed]
         rolled = [e for e in episodes if e.replayed]
-        log({"stage": "rl", "step": step, "rollouts": rollouts, "reward": rewards.mean().item(),
+        log({"stage": "rl", "step": step, "rollouts": step * len(episodes), "reward": rewards.mean().item(),
              "first": average(solved(task, e, 0) for e in fresh), "final": average(solved(task, e) for e in fresh),
              "rollin_repair": average(solved(task, e) for e in rolled if e.force_think),
              "commit": average(e.committed for e in fresh),
@@ -995,8 +1079,8 @@ def rl(policy, reference, task, cfg, log):
              "rollins": len(rolled) / len(episodes), "buffer": len(buffer.entries),
              "buffer_wrong": average(not e.right for e in buffer.entries),
              "buffer_age": average(step - e.step for e in buffer.entries),
-             "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]})
-        bar.set_postfix(reward=f"{rewards.mean().item():.2f}")
+             "grad_norm": norm, "lr": rate})
+        log.bar.set_postfix(reward=f"{rewards.mean().item():.2f}")
 
 
 # ======================================================================================================
@@ -1019,6 +1103,8 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
 
     def run(starts, greedy):
         bar.update()
+        if Stopped.asked:
+            raise Stopped
         parts = [starts[i : i + cfg.eval.batch] for i in range(0, len(starts), cfg.eval.batch)]
         return [e for part in parts for e in play(policy, task, part, 1, cfg.eval.max_turns, generator, greedy)]
 
@@ -1055,19 +1141,12 @@ def bits(outcomes):
     return "".join("01"[bool(o)] for o in outcomes)
 
 
-def wilson(share, n):
-    """95 % interval of a share of n outcomes (Wilson's)."""
-    z = 1.96
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
 def paired_difference(new, old, key, samples=2000, seed=0):
     """Mean over the out-of-distribution splits of new - old in `key`, with a 95 % bootstrap interval over maps.
 
     Both models are resampled on the same maps, since a map's difficulty is common to both.
     """
-    rng, means = np.random.default_rng(seed), []
+    rng = np.random.default_rng(seed)
     key += "_by_map"
     pairs = [np.array([int(a) - int(b) for a, b in zip(x[key], y[key])]) for x, y in zip(new, old) if x["ood"] and x[key]]
     if not pairs:
@@ -1076,56 +1155,11 @@ def paired_difference(new, old, key, samples=2000, seed=0):
     return float(np.mean([d.mean() for d in pairs])), *map(float, np.percentile(draws, [2.5, 97.5]))
 
 
-# ======================================================================================================
-# 11. Report
-# ======================================================================================================
-
-
-def write_file(path, text):
-    """Whole or not at all: a temporary name, fsync, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def table(models):
-    """Markdown: a row a model and split. models: {name: rows of `evaluate`}."""
-    columns = ["first", "final", "committed", "repair_own", "repair_fixed", "break", "commit", "sampled_final"]
-    percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
-    line = lambda *cells: "| " + " | ".join(map(str, cells)) + " |"
-    lines = [line("model", "split", "n", *(c.replace("_", " ") for c in columns), "turns"), line(*["---"] * (len(columns) + 4))]
-    for name, rows in models.items():
-        for row in rows:
-            cells, (low, high) = [percent(row[c]) for c in columns], wilson(row["final"], row["n"])
-            cells[1] += f" [{100 * low:.0f}, {100 * high:.0f}]"
-            lines.append(line(name, row["split"] + " (ood)" * row["ood"], row["n"], *cells, f"{row['turns']:.1f}"))
-        ood = [row for row in rows if row["ood"]]
-        means = [average(row[c] for row in ood if row[c] is not None) for c in columns]
-        lines.append(line(name, "**mean ood**", sum(row["n"] for row in ood), *(f"**{percent(m)}**" for m in means),
-                          f"{average(row['turns'] for row in ood):.1f}"))
-    return "\n".join(lines)
-
-
-def report(folder, cfg, task, models, episodes):
-    """results.json, report.md, curves.png and episodes.png of a run folder. Returns what is printed."""
-    first, last = list(models)[0], list(models)[-1]
-    text, differences = table(models) + "\n", {}
-    for key in ("final", "first", "repair_fixed") if first != last else ():
-        found = differences[key] = paired_difference(models[last], models[first], key)
-        if found:
-            mean, low, high = (f"{100 * x:+.1f}" for x in found)
-            text += f"\n{last} - {first}, out of distribution, {key.replace('_', ' ')}: {mean} points [{low}, {high}]"
-    rows = [{"task": cfg.task, "method": name, "seed": cfg.seed, **row} for name, rows in models.items() for row in rows]
-    write_file(folder / "results.json", json.dumps({"rows": rows, "differences": differences}, indent=1) + "\n")
-    about = f"`{cfg.eval.splits}` splits; percent; greedy unless said; brackets: 95 % intervals; paired over maps."
-    write_file(folder / "report.md", f"# {folder.name}\n\n{about}\n\n{text}\n")
-    data_prep.curves(folder)
-    title = f"{folder.name}: each attempt is drawn on the image and shown to the model"
-    data_prep.film_strip(folder / "episodes.png", task, episodes, title)
-    return text
+def differences(models):
+    """{key: paired difference of the last model to the first}; models: {name: rows}."""
+    first, last = list(models.values())[0], list(models.values())[-1]
+    found = {key: paired_difference(last, first, key) for key in ("final", "first", "repair_fixed")} if first is not last else {}
+    return {key: value for key, value in found.items() if value}
 
 
 def choose(task, episodes, count=6):
@@ -1138,52 +1172,8 @@ def choose(task, episodes, count=6):
 
 
 # ======================================================================================================
-# 12. Main
+# 11. Main
 # ======================================================================================================
-
-
-class Log:
-    """metrics.jsonl (only what the seed decides) and timing.jsonl (seconds) of a run folder."""
-
-    def __init__(self, folder):
-        self.folder, self.started = folder, time.time()
-
-    def __call__(self, line):
-        line = {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def stage(self, name, **figures):
-        """One line in timing.jsonl, on screen as well."""
-        seconds, self.started = time.time() - self.started, time.time()
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        line = {"stage": name, "seconds": round(seconds, 1), "peak_memory_mb": memory, **figures}
-        with open(self.folder / "timing.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        print(f"{name}: {seconds:.0f} s", *(f"{k} {v}" for k, v in figures.items()), file=sys.stderr)
-
-
-def open_run(folder, flat):
-    """Make the run's folder and write its exact settings. False if it holds these settings' finished run."""
-    settings = {k: v for k, v in flat.items() if k not in ("run", "runs", "data", "mode", "threads")}
-    old = folder / "settings.yaml"
-    folder.mkdir(parents=True, exist_ok=True)
-    if old.is_file():
-        before = yaml.safe_load(old.read_text())
-        changed = [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]
-        if changed:
-            raise UserError(f"{folder} holds a run with other settings ({'; '.join(changed[:4])}): "
-                            "give run=ANOTHER_NAME or remove it")
-        if (folder / "results.json").is_file():
-            return False
-    write_file(old, yaml.safe_dump(settings, sort_keys=False))
-    for name in ("metrics.jsonl", "timing.jsonl"):
-        (folder / name).unlink(missing_ok=True)
-    about = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "host": platform.node(), "machine": platform.machine(),
-             "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
-             "torch": torch.__version__, "transformers": transformers.__version__}
-    write_file(folder / "run.json", json.dumps(about, indent=1) + "\n")
-    return True
 
 
 APART_FROM_SFT = ("method", "profile", "mode", "run", "runs", "data", "threads", "see", "rl", "reward", "buffer", "eval")
@@ -1197,14 +1187,15 @@ def sft_model(cfg, flat, task):
         decides["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     folder = Path(cfg.runs) / f"sft-{key_of(decides)}"
     if not (folder / "model" / "config.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.jsonl").unlink(missing_ok=True)
-        policy, log = load_policy(cfg.model, cfg), Log(folder)
-        torch.manual_seed(cfg.seed)
-        sft(policy, task, cfg, log)
-        log.stage("sft")
-        save_policy(policy, folder / "model.tmp")
-        os.replace(folder / "model.tmp", folder / "model")
+        held = data_prep.lock(folder, wait=True)  # another method may be training the same SFT model: then it is ours as well
+        if not (folder / "model" / "config.json").is_file():
+            policy, log = load_policy(cfg.model, cfg), Log(folder)
+            sft(policy, task, cfg, log)
+            log.stage("sft")
+            save_policy(policy, folder / "model.tmp")
+            os.replace(folder / "model.tmp", folder / "model")
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        held.close()
     return load_policy(folder / "model", cfg), folder
 
 
@@ -1222,7 +1213,8 @@ def train(cfg, flat, words):
     """SFT, then RL, then evaluation: the method's row decides which parts do anything."""
     profile = "" if cfg.profile == "default" else "-" + cfg.profile
     folder = Path(cfg.runs) / (cfg.run or f"{cfg.task}-{cfg.method}-seed{cfg.seed}{profile}")
-    if not open_run(folder, flat):
+    held = data_prep.lock(folder)
+    if not data_prep.open_run(folder, flat):
         print((folder / "report.md").read_text())
         return
     log, task = Log(folder), TASKS[cfg.task](cfg)
@@ -1235,17 +1227,19 @@ def train(cfg, flat, words):
     models["sft"], fixed = evaluated(base_folder, base, task, base_cfg)
     log.stage("evaluate sft")
     policy, own_folder = sft_model(cfg, flat, task)
-    shutil.copyfile(own_folder / "metrics.jsonl", folder / "metrics.jsonl")
+    if not (folder / "checkpoints").is_dir():
+        write_file(folder / "metrics.jsonl", (own_folder / "metrics.jsonl").read_text())
     if cfg.rl.steps:
         log.stage("start of rl")
         rl(policy, load_policy(own_folder / "model", cfg), task, cfg, log)
-        sampled = cfg.rl.steps * cfg.rl.questions * cfg.rl.samples
-        log.stage("rl", rollouts_per_second=round(sampled / (time.time() - log.started), 1))
+        log.stage("rl")
     rows, _, episodes = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}")
     models[cfg.method] = rows
     log.stage(f"evaluate {cfg.method}")
     save_policy(policy, folder / "model")
-    print("\n" + report(folder, cfg, task, models, choose(task, episodes)))
+    print("\n" + data_prep.report(folder, cfg, task, models, differences(models), choose(task, episodes)))
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    held.close()
 
 
 def main(words):
@@ -1271,15 +1265,21 @@ def main(words):
         data_prep.film_strip(folder / "episodes.png", task, choose(task, episodes), cfg.model)
         print(f"wrote {folder / 'episodes.png'}")
     else:
-        print(table({name: rows}))
+        print(data_prep.table({name: rows}))
         write_file(folder / "results.json", json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def run_main(function, words):
     """Run `function(words)`; what the user can mend becomes one line and exit code 2."""
+    Stopped.on_signals()
     try:
         function(words)
-    except (UserError, data_prep.DataError) as error:
+    except Stopped:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except UserError as error:
         message = error
     except OSError as error:  # a folder that cannot be written, a full disk
         message = f"{error.filename or 'writing'}: {error.strerror}; mend that, or choose other folders with runs= and data="
