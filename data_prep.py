@@ -544,17 +544,23 @@ def _draw_records(split, wanted, rng, taken):
 
 def make_navigation(folder, *, seed, train_maps, sft_traces, test_maps, dev_maps,
                     cell=CELL, progress=True):
-    """Write all navigation splits, previews and data.json into `folder`, which must not exist.
+    """Write all navigation splits, previews and data.json into `folder`, unless it is there.
 
     No layout is in two test, dev or train files; SFT uses training maps. The same settings give
     the same bytes. The folder appears whole at the end or not at all.
     """
     folder = Path(folder)
+    if (folder / "data.json").is_file():
+        return
     if folder.exists():
-        raise UserError(f"{folder}: exists already; remove it or choose another folder")
+        raise UserError(f"{folder}: has no data.json; remove it or choose another folder with data=")
     if sft_traces > train_maps:
         raise UserError(f"{sft_traces} SFT traces need as many training maps, not {train_maps}")
-    building = folder.with_name(f"{folder.name}.tmp-{os.getpid()}")
+    held = lock(folder.parent, wait=True)   # another process may be making the same data
+    if folder.exists():
+        return held.close()
+    building = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(building, ignore_errors=True)   # left by a process that was killed
     (building / "images").mkdir(parents=True)
     try:
         settings = {"seed": seed, "train_maps": train_maps, "sft_traces": sft_traces,
@@ -563,6 +569,7 @@ def make_navigation(folder, *, seed, train_maps, sft_traces, test_maps, dev_maps
         os.replace(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)   # nothing is left of it after a success
+        held.close()
 
 
 def _fill_folder(folder, settings, show):
@@ -760,6 +767,7 @@ def write_image(path, image):
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
         image.save(temporary, format="PNG")
+        to_disk(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -985,6 +993,12 @@ def write_file(path, content):
     os.replace(temporary, path)
 
 
+def to_disk(path):
+    """Wait until a file that was written is on the disk: a rename that follows cannot then leave half of it."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 class Stopped(Exception):
     """Ctrl-C or SIGTERM; what was done is saved."""
 
@@ -1006,13 +1020,11 @@ class Stopped(Exception):
 class Log:
     """What a run leaves while it works: metrics.jsonl (only what the seed decides), timing.jsonl (seconds), checkpoints/.
 
-    folder: None writes nothing.
+    folder: None writes nothing. every: seconds between checkpoints.
     """
 
-    EVERY = 20  # seconds between checkpoints
-
-    def __init__(self, folder=None):
-        self.folder, self.started, self.stages, self.bar = folder, time.time(), {}, None
+    def __init__(self, folder=None, every=20):
+        self.folder, self.every, self.started, self.stages, self.bar = folder, every, time.time(), {}, None
 
     def _append(self, name, line):
         if self.folder:
@@ -1049,7 +1061,7 @@ class Log:
         write_file(file, json.dumps(about, indent=1) + "\n")
 
     def steps(self, title, count, optimizer, state=lambda: None, restore=lambda state: None):
-        """1 .. count under a progress bar; goes on from the stage's last checkpoint, and writes one every EVERY seconds.
+        """1 .. count under a progress bar; goes on from the stage's last checkpoint, and writes one every `every` seconds.
 
         state() is what the stage remembers beside its optimizer, as JSON; restore(state) puts it back. Raises Stopped.
         """
@@ -1058,7 +1070,7 @@ class Log:
             for step in range(done + 1, count + 1):
                 yield step
                 self.bar.update()
-                if self.folder and not optimizer.skipped and (Stopped.asked or step == count or time.time() - saved > self.EVERY):
+                if self.folder and not optimizer.skipped and (Stopped.asked or step == count or time.time() - saved >= self.every):
                     self._save(title, step, optimizer, state())
                     saved = time.time()
                 if Stopped.asked:
@@ -1116,7 +1128,7 @@ def lock(folder, wait=False):
 
 def open_run(folder, flat):
     """Make the run's folder and write its exact settings. False if it holds these settings' finished run."""
-    settings = {k: v for k, v in flat.items() if k not in ("run", "runs", "data", "mode")}
+    settings = {k: v for k, v in flat.items() if k not in ("run", "runs", "data", "mode", "checkpoint")}
     old = folder / "settings.yaml"
     if old.is_file():
         before = yaml.safe_load(old.read_text())
@@ -1130,7 +1142,11 @@ def open_run(folder, flat):
     about = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "host": platform.node(), "machine": platform.machine(),
              "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
              "torch": torch.__version__, "transformers": transformers.__version__}
-    write_file(folder / "run.json", json.dumps(about, indent=1) + "\n")
+    file = folder / "run.json"
+    if file.is_file():  # a run that was stopped: keep what its stages took
+        before = json.loads(file.read_text())
+        about = {**before, **about, "started": before["started"], "resumed": [*before.get("resumed", []), about["started"]]}
+    write_file(file, json.dumps(about, indent=1) + "\n")
     return True
 
 

@@ -5,17 +5,20 @@ it keeps to the protocol and its conversations have several turns. The command l
 """
 import copy
 import dataclasses
+import errno
 import itertools
 import json
 import math
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections import Counter, deque
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -493,7 +496,7 @@ def test_an_unfinished_episode_is_well_formed_while_it_can_still_end_well(task):
 def reward(task, cfg, *texts, stored=0, **changes):
     said = turns(task, *texts)
     episode = vrrl.Episode({"id": "x", "layout": LAKE}, [], None, replayed=said[:stored], turns=said[stored:])
-    paper = dataclasses.replace(cfg.reward, form=0.1, bonus=0.1)
+    paper = dataclasses.replace(cfg.reward, form=0.1, bonus=0.1, unfinished=0.0)
     return vrrl.reward(task, episode, dataclasses.replace(paper, **changes))
 
 
@@ -526,6 +529,13 @@ def test_reward_is_what_the_method_says(task, cfg, expected, texts):
 @pytest.mark.parametrize("expected, texts", [row[1:2] + (row[2:],) for row in REWARDS], ids=[row[0] for row in REWARDS])
 def test_reward_without_reflection_is_the_outcome_only(task, cfg, expected, texts):
     assert reward(task, cfg, *texts, reflection=False) == (0.0 if expected == 0 else 1.0 if expected >= 1 else 0.1)
+
+
+def test_at_the_turn_limit_a_well_formed_episode_is_paid_what_the_setting_says(task, cfg):
+    for texts, progress in (((answer("right"),), 0), ((answer("right"), revise("right right down")), 0.5), ((answer("right"), revise(EXACT)), 0.75)):
+        assert reward(task, cfg, *texts) == 0
+        assert reward(task, cfg, *texts, unfinished=0.3) == pytest.approx(0.3 + 0.7 * progress)
+        assert reward(task, cfg, *texts, "nonsense", unfinished=0.3) == reward(task, cfg, *texts, texts[-1], unfinished=0.3) == 0
 
 
 def test_reward_of_a_roll_in_counts_its_stored_attempts(task, cfg):
@@ -1251,6 +1261,181 @@ def test_a_run_with_other_settings_overwrites_nothing(smoke, capsys):
     before = contents(folder.parent)
     line = fails(capsys, [*words, f"runs={folder.parent}", "rl.lr=0.01"])
     assert f"rl.lr was {vrrl.read_config()[0].rl.lr}, now 0.01" in line and str(folder) in line and contents(folder.parent) == before
+
+
+# ---------------------------------------------------------------- stop, resume, repeat, refuse
+
+KILLER = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import vrrl
+name, left = sys.argv[2], int(sys.argv[3])   # die in this call of os.replace or os.fsync: inside a write
+real = getattr(os, name)
+
+def deadly(*args):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+
+setattr(os, name, deadly)
+vrrl.run_main(vrrl.main, sys.argv[4:])
+"""
+DECIDED = ("metrics.jsonl", "results.json", "model/model.safetensors")  # what the seed decides
+
+
+def same_as_smoke(smoke, folder):
+    for name in DECIDED:
+        assert (folder / name).read_bytes() == (smoke[1] / name).read_bytes(), name
+    assert not list(folder.rglob("*.tmp")) and not (folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(24, marks=pytest.mark.skipif("VRRL_LONG" not in os.environ, reason="VRRL_LONG=1 runs it: four minutes"))])
+def test_a_run_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(smoke, home, tmp_path, kills):
+    """kill -9 at random moments, a part of them inside a write, data and SFT included; every run that ends must equal the undisturbed one."""
+    rng, deaths, ends = random.Random(kills), 0, 0
+    words = [w for w in smoke[0] if not w.startswith("data=")]
+    folder = tmp_path / "runs" / smoke[1].name
+    while deaths < kills or not ends:
+        last = deaths >= kills
+        how, after = rng.choice(["time", "replace", "fsync"]), rng.randint(1, 40)
+        start = [sys.executable, "-c", KILLER, str(vrrl.HERE), "replace" if how == "time" else how, str(10**9 if last or how == "time" else after)]
+        run = subprocess.Popen([*start, *words, f"runs={tmp_path / 'runs'}", f"data={tmp_path / 'data'}", "checkpoint=0"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        try:
+            out, err = run.communicate(timeout=rng.uniform(3, 12) if how == "time" and not last else 120)
+        except subprocess.TimeoutExpired:
+            run.kill()
+            out, err = run.communicate()
+        if run.returncode == 0:
+            same_as_smoke(smoke, folder)
+            shutil.rmtree(tmp_path / "runs")
+            ends += 1
+        else:
+            assert run.returncode == -9, err
+            deaths += 1
+
+
+def run_until(words, folder, stage, number, step):
+    """Start a run, send it a signal once `stage` has logged `step`; returns (exit code, stderr)."""
+    run = subprocess.Popen(command(*words), cwd=folder.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for _ in range(3000):
+        lines = (folder / "metrics.jsonl").read_text().splitlines() if (folder / "metrics.jsonl").is_file() else []
+        if run.poll() is not None or any(f'"stage": "{stage}", "step": {step}' in line for line in lines):
+            break
+        time.sleep(0.02)
+    run.send_signal(number)
+    _, err = run.communicate(timeout=60)
+    return run.returncode, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_save_first_and_the_same_command_goes_on(home, tmp_path, number):
+    words = ["profile=smoke", f"model={home / 'model'}", f"data={home / 'data'}", "device=cpu", "threads=1", "buffer.start=1", "rl.steps=12", "sft.steps=1",
+             "sft.first_steps=0", "checkpoint=86400"]
+    whole, stopped = tmp_path / "whole" / "x", tmp_path / "stopped" / "x"
+    assert subprocess.run(command(*words, f"runs={whole.parent}", "run=x"), cwd=tmp_path, capture_output=True, timeout=100).returncode == 0
+    stopped.parent.mkdir()
+    code, err = run_until([*words, f"runs={stopped.parent}", "run=x"], stopped, "rl", number, 2)
+    assert code == 130 and "the same command goes on" in err and list((stopped / "checkpoints").glob("rl-*")), err
+    assert subprocess.run(command(*words, f"runs={stopped.parent}", "run=x"), cwd=tmp_path, capture_output=True, timeout=100).returncode == 0
+    for name in DECIDED:
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
+    assert json.loads((stopped / "run.json").read_text())["resumed"]
+
+
+class Steps:
+    """A few steps of a one-number optimizer, as a stage would take them."""
+
+    def __init__(self, folder, every=0):
+        self.folder, self.log = folder, vrrl.Log(folder, every)
+
+    def take(self, count, upto=None):
+        module = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(module.weight)
+        self.optimizer, self.seen = vrrl.Optimizer(SimpleNamespace(model=module)), []
+        for step in self.log.steps("rl", count, self.optimizer, lambda: {"seen": self.seen}, lambda state: self.seen.extend(state["seen"])):
+            if step == upto:
+                break
+            (module.weight.sum() * step).backward()
+            self.optimizer.step(0.1, 1.0)
+            self.seen.append(step)
+            self.log({"stage": "rl", "step": step})
+        return module.weight.item()
+
+    def checkpoints(self):
+        return sorted((self.folder / "checkpoints").glob("rl-*"))
+
+
+def test_a_stage_goes_on_from_its_last_checkpoint(tmp_path):
+    whole = Steps(tmp_path / "a")
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    expected, part = whole.take(6), Steps(tmp_path / "b")
+    part.take(6, upto=4)
+    assert [f.name.split("-")[1] for f in part.checkpoints()] == ["0000002", "0000003"]  # the last two are kept
+    assert part.take(6) == expected and part.seen == [1, 2, 3, 4, 5, 6]
+    assert (tmp_path / "a" / "metrics.jsonl").read_text() == (tmp_path / "b" / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-5], lambda b: b[:100] + bytes([b[100] ^ 1]) + b[101:], lambda b: b""])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, damage):
+    steps = Steps(tmp_path)
+    steps.take(6, upto=4)
+    before, last = steps.checkpoints()
+    last.write_bytes(damage(last.read_bytes()))
+    steps.take(4)
+    assert steps.seen == [1, 2, 3, 4] and str(last) in capsys.readouterr().err
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 4  # step 3 is not there twice
+
+
+def test_a_full_disk_is_one_clear_line_and_leaves_the_last_good_checkpoint(tmp_path, capsys, monkeypatch):
+    steps = Steps(tmp_path)
+    steps.take(6, upto=3)
+    good = {f: f.read_bytes() for f in steps.checkpoints()}
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "checkpoints"))
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as stop:
+        vrrl.run_main(lambda words: steps.take(6), [])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "No space left" in error and error.splitlines()[-1].startswith("error: ")
+    assert good == {f: f.read_bytes() for f in steps.checkpoints()}
+    monkeypatch.undo()
+    steps.take(6)
+    assert steps.seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_two_runs_in_one_folder_are_refused_while_the_first_lives(smoke, capsys):
+    words, folder, _, _ = smoke
+    held = data_prep.lock(folder)
+    assert "in use by another process" in fails(capsys, [*words, f"runs={folder.parent}"])
+    held.close()
+    assert vrrl.run_main(vrrl.main, [*words, f"runs={folder.parent}"]) is None
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted_and_many_in_a_row_stop_the_run(home, taught, task, monkeypatch, capsys):
+    cfg = settings(home, "method=rl", "rl.steps=30", "rl.questions=2", "rl.samples=2", "rl.max_turns=1")
+    policy = vrrl.Policy(copy.deepcopy(taught.model), taught.tokenizer, taught.processor, cfg)
+    monkeypatch.setattr(vrrl, "reward", lambda task, e, cfg: sum(e.rest) % 7 / 10 + 0.1)
+    monkeypatch.setattr(vrrl, "policy_loss", lambda logps, *args: torch.cat(logps).sum() * math.nan)
+    lines = []
+    with pytest.raises(vrrl.UserError, match="lower the learning rate"):
+        vrrl.rl(policy, taught, task, cfg, Listener(lines))
+    assert [m["skipped"] for m in lines if m["kept"]] == list(range(1, 10)) and all(m["grad_norm"] in (None, 0.0) for m in lines)
+    assert furthest(policy.model.parameters(), taught.model.parameters()) == 0
+
+
+def test_bf16_weights_would_stay_where_they_are_and_the_copies_move():
+    module = torch.nn.Linear(64, 64, bias=False).to(torch.bfloat16)
+    plain = copy.deepcopy(module)
+    start = module.weight.detach().clone()
+    ours, theirs = vrrl.Optimizer(SimpleNamespace(model=module)), torch.optim.AdamW(plain.parameters(), lr=5e-7, weight_decay=0.0)
+    for _ in range(400):
+        for m, step in ((module, lambda: ours.step(5e-7, 1e9)), (plain, lambda: (theirs.step(), theirs.zero_grad()))):
+            m.weight.sum().backward()
+            step()
+    moved = lambda w: (w != start).float().mean().item()
+    assert moved(plain.weight) < 0.02 < 0.2 < moved(module.weight)
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_code_2(home):

@@ -171,8 +171,7 @@ class Navigation:
         # Keyed by its settings, so that the data of a smoke run is never taken for the real thing.
         made = dataclasses.asdict(cfg.nav)
         self.words, self.folder = cfg.protocol, Path(cfg.data) / f"navigation-{key_of(made)}"
-        if not (self.folder / "data.json").is_file():
-            data_prep.make_navigation(self.folder, **made, progress=show)
+        data_prep.make_navigation(self.folder, **made, progress=show)
 
     def load(self, split):
         """Examples of `train`, `sft`, `dev_*` or `test_*`: dicts with id, image, layout, look (and turns, for sft)."""
@@ -570,9 +569,16 @@ def load_policy(name, cfg):
 
 
 def save_policy(policy, folder):
-    """A Hugging Face folder that `from_pretrained` loads."""
+    """A Hugging Face folder that `from_pretrained` loads; it appears whole or not at all."""
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
     for part in (policy.model, policy.tokenizer, policy.processor):
-        part.save_pretrained(folder)
+        part.save_pretrained(temporary)
+    for file in temporary.iterdir():
+        data_prep.to_disk(file)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
 
 
 def device_of(cfg):
@@ -705,6 +711,8 @@ def play(policy, task, starts, samples, max_turns, generator, greedy=False, trai
     An episode ends at FINAL, at a turn that cannot be parsed, or after `max_turns` fresh turns. In training it
     also ends where it is already malformed: its reward is 0 whatever follows.
     """
+    if not starts:
+        return []
     with torch.no_grad():
         context = Context(len(starts), policy.device)
         policy.extend(context, [s.opening for s in starts], [p for s in starts for p in s.opening_pictures])
@@ -740,22 +748,23 @@ def reward(task, episode, cfg):
     """R of one episode; a roll-in's stored attempts count as well: their progress, repetitions and revisions.
 
         malformed: 0        committed and exact: 1 + bonus * reflection - revision_cost * revisions
-        otherwise: form + (1 - form) * reflection
+        committed and wrong: form + (1 - form) * reflection
+        turn limit reached without FINAL: the same with `unfinished` in place of `form`, or malformed if that is 0
         reflection = clip(sum_t w(p_{t+1} - p_t), 0, 1),  w(d) = d for d >= 0, worse * d for d < 0
 
-    p_t in [0, 1] is the progress of attempt t. Without reflection shaping, outcome only: malformed 0, exact 1,
-    otherwise `form`. This is the reward of the release; cfg: the section `reward` of the settings.
+    p_t in [0, 1] is the progress of attempt t. Without reflection shaping, outcome only: reflection = 0. In the release
+    `unfinished` is 0: then a wrong answer that is committed in time pays more than an honest next attempt, and a model
+    that is often wrong learns to commit. cfg: the section `reward` of the settings.
     """
-    if not well_formed(task, episode.all_turns):
+    if not well_formed(task, episode.all_turns, unfinished=cfg.unfinished > 0):
         return 0.0
     attempts = episode.attempts
-    exact = task.exact(episode.example, attempts[-1])
-    if not cfg.reflection:
-        return 1.0 if exact else cfg.form
     p = [task.progress(episode.example, a) for a in attempts]
-    gains = [after - before for before, after in zip(p, p[1:])]
+    gains = [after - before for before, after in zip(p, p[1:])] if cfg.reflection else []
     reflection = min(1.0, max(0.0, sum(d if d >= 0 else cfg.worse * d for d in gains)))
-    if exact:
+    if not episode.committed:
+        return cfg.unfinished + (1.0 - cfg.unfinished) * reflection
+    if task.exact(episode.example, attempts[-1]):
         return 1.0 + cfg.bonus * reflection - cfg.revision_cost * len(gains)
     return cfg.form + (1.0 - cfg.form) * reflection
 
@@ -918,7 +927,8 @@ def supervise(policy, batch, steps, lr, title, log, micro=32):
             loss.backward()
             total += loss.item()
         norm = optimizer.step(rate, clip=1.0)
-        log({"stage": title, "step": step, "loss": total, "grad_norm": norm, "lr": rate})
+        log({"stage": title, "step": step, "loss": total if math.isfinite(total) else None,
+             "grad_norm": norm if math.isfinite(norm) else None, "skipped": optimizer.skipped, "lr": rate})
 
 
 class Optimizer:
@@ -1018,14 +1028,16 @@ def rl(policy, reference, task, cfg, log):
         began = time.time()
         # All that is random in a step hangs on its number alone: a run that was stopped goes on as if it had not been.
         rng, generator = random.Random(f"{cfg.seed} {step}"), torch.Generator(policy.device).manual_seed(1_000_003 * cfg.seed + step)
-        rate = cfg.rl.lr * min(1.0, step / 5) * (1.0 - 0.9 * step / cfg.rl.steps)
+        rate = cfg.rl.lr * min(1.0, step / 20) * (1.0 - 0.9 * step / cfg.rl.steps)
 
         # --- sample: each question from its start, or replaced by a roll-in prefix
-        starts = []
+        fresh, rolled = [], []
         for example in draw(examples, cfg.rl.questions, step, cfg.seed):
             rollin = buffer.draw(step, rng) if rng.random() >= cfg.rl.rtm_share else None
-            starts.append(rollin.start(policy, task) if rollin else begin(policy, task, example))
-        episodes = play(policy, task, starts, group, cfg.rl.max_turns, generator, training=True)
+            rolled.append(rollin.start(policy, task)) if rollin else fresh.append(begin(policy, task, example))
+        fresh = play(policy, task, fresh, group, cfg.rl.max_turns, generator, training=True)
+        rolled = play(policy, task, rolled, group, cfg.rl.rollin_turns, generator, training=True)
+        episodes = fresh + rolled
         sampled = time.time()
 
         # --- advantages: within each group of rollouts from one start
@@ -1033,7 +1045,7 @@ def rl(policy, reference, task, cfg, log):
         advantage = advantages(rewards, cfg.rl.std_norm).flatten().to(policy.device)
         # Groups without signal are dropped: all rewards equal, or nearly all failed or exact (the release's bounds).
         mean, spread = rewards.mean(1), rewards.max(1).values - rewards.min(1).values
-        kept = [n for n in range(len(starts)) if spread[n] > 1e-6 and 0.01 < mean[n] < 0.99]
+        kept = [n for n in range(len(rewards)) if spread[n] > 1e-6 and 0.01 < mean[n] < 0.99]
 
         # --- update: one gradient step on this batch, in micro-batches of rollouts of similar length. They are sorted as
         # pairs of one group: a pair shares its opening, and pads less than its whole group would.
@@ -1067,19 +1079,17 @@ def rl(policy, reference, task, cfg, log):
                   "trained_tokens": tokens})
 
         # --- what a collapse would show in
-        fresh = [e for e in episodes if not e.replayed]
-        rolled = [e for e in episodes if e.replayed]
         log({"stage": "rl", "step": step, "rollouts": step * len(episodes), "reward": rewards.mean().item(),
              "first": average(solved(task, e, 0) for e in fresh), "final": average(solved(task, e) for e in fresh),
              "rollin_repair": average(solved(task, e) for e in rolled if e.force_think),
              "commit": average(e.committed for e in fresh),
              "well_formed": average(well_formed(task, e.all_turns) for e in episodes),
              "turns": dict(sorted(Counter(len(e.turns) for e in fresh).items())),
-             "entropy": entropy / max(1, tokens), "kl": average(divergence), "kept": len(kept) / len(starts),
+             "entropy": entropy / max(1, tokens), "kl": average(divergence), "kept": len(kept) / len(rewards),
              "rollins": len(rolled) / len(episodes), "buffer": len(buffer.entries),
              "buffer_wrong": average(not e.right for e in buffer.entries),
              "buffer_age": average(step - e.step for e in buffer.entries),
-             "grad_norm": norm, "lr": rate})
+             "grad_norm": norm if math.isfinite(norm) else None, "skipped": optimizer.skipped, "lr": rate})
         log.bar.set_postfix(reward=f"{rewards.mean().item():.2f}")
 
 
@@ -1176,7 +1186,7 @@ def choose(task, episodes, count=6):
 # ======================================================================================================
 
 
-APART_FROM_SFT = ("method", "profile", "mode", "run", "runs", "data", "threads", "see", "rl", "reward", "buffer", "eval")
+APART_FROM_SFT = ("method", "profile", "mode", "run", "runs", "data", "threads", "checkpoint", "see", "rl", "reward", "buffer", "eval")
 
 
 def sft_model(cfg, flat, task):
@@ -1189,11 +1199,10 @@ def sft_model(cfg, flat, task):
     if not (folder / "model" / "config.json").is_file():
         held = data_prep.lock(folder, wait=True)  # another method may be training the same SFT model: then it is ours as well
         if not (folder / "model" / "config.json").is_file():
-            policy, log = load_policy(cfg.model, cfg), Log(folder)
+            policy, log = load_policy(cfg.model, cfg), Log(folder, cfg.checkpoint)
             sft(policy, task, cfg, log)
             log.stage("sft")
-            save_policy(policy, folder / "model.tmp")
-            os.replace(folder / "model.tmp", folder / "model")
+            save_policy(policy, folder / "model")
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         held.close()
     return load_policy(folder / "model", cfg), folder
@@ -1217,7 +1226,7 @@ def train(cfg, flat, words):
     if not data_prep.open_run(folder, flat):
         print((folder / "report.md").read_text())
         return
-    log, task = Log(folder), TASKS[cfg.task](cfg)
+    log, task = Log(folder, cfg.checkpoint), TASKS[cfg.task](cfg)
     print(f"run folder: {folder}", file=sys.stderr)
     log.stage("data")
     base_cfg, base_flat = read_config([*words, "method=sft"])  # what this method is compared with, and starts from
