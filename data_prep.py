@@ -946,6 +946,16 @@ def _span(values):
     return low - pad, high + pad
 
 
+def choose(task, episodes, count=6):
+    """A few episodes worth looking at, farthest out of distribution first: repairs, a right first answer, a failure."""
+    right = lambda e, turn: bool(e.attempts) and task.exact(e.example, e.attempts[turn])
+    pool = [e for name in reversed(task.SPLITS) for e in episodes[name]]
+    repaired = [e for e in pool if not right(e, 0) and right(e, -1) and len(e.attempts) < 6]  # a strip holds 6
+    at_once, failed = [e for e in pool if right(e, 0) and e.committed], [e for e in pool if not right(e, -1)]
+    spread = lambda found, n: found[:: max(1, len(found) // n)][:n]
+    return [*spread(repaired, count - 2), *spread(at_once, 1), *spread(failed, 1)]
+
+
 def film_strip(path, task, episodes, title):
     """A row an episode: the question, then each attempt drawn, with what the model said."""
     rows, tidy = [], lambda text: re.sub(r"\s*(</?\w+>)\s*", r"\1", text)

@@ -1452,3 +1452,80 @@ def test_evaluating_a_saved_model_gives_the_runs_figures(smoke, capsys):
     same = ("split", "n", "first", "final", "committed", "commit", "turns", "first_by_map", "final_by_map")
     assert [{k: r[k] for k in same} for r in rows] == [{k: r[k] for k in same} for r in kept]
     assert f"| {folder.name}-model | id |" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- speed: python test_vrrl.py [key=value ...]
+
+
+class Clock(vrrl.Log):
+    """Keeps the seconds and counts of every RL step."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def __call__(self, line):
+        pass
+
+    def time(self, line):
+        self.lines.append(line)
+
+
+def plain_play(policy, task, starts, samples, max_turns, generator, greedy=False, training=False):
+    """`vrrl.play` without its savings: every sample reads its whole conversation, pictures included, again at every turn."""
+    episodes = [dataclasses.replace(s, turns=[], question_ids=list(s.question_ids)) for s in starts for _ in range(samples)]
+    live, think = episodes, policy.encode("<THINK>")
+    for number in range(1, max_turns + 1):
+        context = vrrl.Context(len(live), policy.device)
+        pictures = [p for e in live for p in [*e.opening_pictures, *e.rest_pictures]]
+        for p in pictures:
+            p.features = None
+        with torch.no_grad():
+            policy.extend(context, [[*e.opening, *e.rest] for e in live], pictures)
+        forced = [think if e.force_think and number == 1 else [] for e in live]
+        for e, opening, (ids, logps) in zip(live, forced, policy.sample(context, forced, greedy, generator)):
+            text = policy.decode(ids)
+            parsed = vrrl.parse_turn(task, text) if ids[-1] == policy.end_id else ("bad", None, None)
+            e.turns.append(vrrl.Turn(ids, [i >= len(opening) for i in range(len(ids))], logps, *parsed, text))
+        live = [e for e in live if e.turns[-1].kind == "answer" and number < max_turns and vrrl.well_formed(task, e.all_turns, unfinished=True)]
+        for e in live:
+            vrrl.give_feedback(policy, task, e, e.turns[-1], {})
+        if not live:
+            break
+    return episodes
+
+
+def speed(words, steps=7):
+    """Median seconds of an RL step: plain and as it is; for 1 to 8 turns; for 8 to 32 samples a question."""
+    cfg, flat = vrrl.read_config(words)
+    torch.set_num_threads(cfg.threads or os.cpu_count())
+    task = vrrl.TASKS[cfg.task](cfg)
+    _, folder = vrrl.sft_model(cfg, flat, task)
+
+    def row(name, *more, plain=False):
+        every = [*words, f"rl.steps={steps}", "rl.questions=16", "rl.rollin_turns=4", *more]
+        cfg = vrrl.read_config([*every, "policy.dtype=float32", "rl.micro=128"] if plain else every)[0]
+        policy, reference, clock, play = *(vrrl.load_policy(folder / "model", cfg) for _ in range(2)), Clock(), vrrl.play
+        if plain:
+            vrrl.play = plain_play
+            for p in (policy, reference):
+                p.model.config.text_config._attn_implementation = "sdpa"
+        try:
+            vrrl.rl(policy, reference, task, cfg, clock)
+        finally:
+            vrrl.play = play
+        middle = lambda *keys: sorted(sum(line[k] for k in keys) for line in clock.lines)[len(clock.lines) // 2]
+        print(f"| {name} | {middle('rollouts')} | {middle('seconds_sampling', 'seconds_update'):.2f} | {middle('seconds_sampling'):.2f} | {middle('seconds_update'):.2f} "
+              f"| {middle('sampled_tokens')} | {middle('trained_tokens')} |", flush=True)
+
+    print("| step | rollouts | seconds | sampling | update | tokens sampled | tokens trained |\n|" + " --- |" * 7)
+    row("plain", plain=True)
+    row("as it is")
+    for turns in (1, 2, 4, 8):
+        row(f"{turns} turns", f"rl.max_turns={turns}", "rl.rtm_share=1")
+    for samples in (8, 16, 32):
+        row(f"{samples} samples", f"rl.samples={samples}")
+
+
+if __name__ == "__main__":
+    vrrl.run_main(speed, sys.argv[1:])

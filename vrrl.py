@@ -912,7 +912,7 @@ def demonstration(policy, task, example):
     return episode
 
 
-def supervise(policy, batch, steps, lr, title, log, micro=32):
+def supervise(policy, batch, steps, lr, title, log, micro=16):
     """AdamW on the mean negative log-prob of the taught tokens; `batch(step)` is a list of Episodes.
 
     The rate warms up over a tenth of the steps (100 at most) and falls to a tenth along a cosine.
@@ -1084,6 +1084,7 @@ def rl(policy, reference, task, cfg, log):
              "rollin_repair": average(solved(task, e) for e in rolled if e.force_think),
              "commit": average(e.committed for e in fresh),
              "well_formed": average(well_formed(task, e.all_turns) for e in episodes),
+             "repeats": average(len(set(e.attempts)) < len(e.attempts) for e in episodes),
              "turns": dict(sorted(Counter(len(e.turns) for e in fresh).items())),
              "entropy": entropy / max(1, tokens), "kl": average(divergence), "kept": len(kept) / len(rewards),
              "rollins": len(rolled) / len(episodes), "buffer": len(buffer.entries),
@@ -1172,15 +1173,6 @@ def differences(models):
     return {key: value for key, value in found.items() if value}
 
 
-def choose(task, episodes, count=6):
-    """A few episodes worth looking at, farthest out of distribution first: repairs, a right first answer, a failure."""
-    pool = [e for name in reversed(task.SPLITS) for e in episodes[name]]
-    repaired = [e for e in pool if not solved(task, e, 0) and solved(task, e) and len(e.attempts) < 6]  # a strip holds 6
-    at_once, failed = [e for e in pool if solved(task, e, 0) and e.committed], [e for e in pool if not solved(task, e)]
-    spread = lambda found, n: found[:: max(1, len(found) // n)][:n]
-    return [*spread(repaired, count - 2), *spread(at_once, 1), *spread(failed, 1)]
-
-
 # ======================================================================================================
 # 11. Main
 # ======================================================================================================
@@ -1224,8 +1216,8 @@ def train(cfg, flat, words):
     folder = Path(cfg.runs) / (cfg.run or f"{cfg.task}-{cfg.method}-seed{cfg.seed}{profile}")
     held = data_prep.lock(folder)
     if not data_prep.open_run(folder, flat):
-        print((folder / "report.md").read_text())
-        return
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # in case it was killed just there
+        return print((folder / "report.md").read_text())
     log, task = Log(folder, cfg.checkpoint), TASKS[cfg.task](cfg)
     print(f"run folder: {folder}", file=sys.stderr)
     log.stage("data")
@@ -1246,7 +1238,7 @@ def train(cfg, flat, words):
     models[cfg.method] = rows
     log.stage(f"evaluate {cfg.method}")
     save_policy(policy, folder / "model")
-    print("\n" + data_prep.report(folder, cfg, task, models, differences(models), choose(task, episodes)))
+    print("\n" + data_prep.report(folder, cfg, task, models, differences(models), data_prep.choose(task, episodes)))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     held.close()
 
@@ -1271,7 +1263,7 @@ def main(words):
     policy = load_policy(cfg.model, cfg)
     rows, _, episodes = evaluate(policy, task, cfg)
     if cfg.mode == "show":
-        data_prep.film_strip(folder / "episodes.png", task, choose(task, episodes), cfg.model)
+        data_prep.film_strip(folder / "episodes.png", task, data_prep.choose(task, episodes), cfg.model)
         print(f"wrote {folder / 'episodes.png'}")
     else:
         print(data_prep.table({name: rows}))
