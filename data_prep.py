@@ -556,20 +556,20 @@ def make_navigation(folder, *, seed, train_maps, sft_traces, test_maps, dev_maps
         raise UserError(f"{folder}: has no data.json; remove it or choose another folder with data=")
     if sft_traces > train_maps:
         raise UserError(f"{sft_traces} SFT traces need as many training maps, not {train_maps}")
-    held = lock(folder.parent, wait=True)   # another process may be making the same data
-    if folder.exists():
-        return held.close()
     building = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)   # left by a process that was killed
-    (building / "images").mkdir(parents=True)
-    try:
-        settings = {"seed": seed, "train_maps": train_maps, "sft_traces": sft_traces,
-                    "test_maps": test_maps, "dev_maps": dev_maps, "cell": cell}
-        _fill_folder(building, settings, show=progress)
-        os.replace(building, folder)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)   # nothing is left of it after a success
-        held.close()
+    settings = {"seed": seed, "train_maps": train_maps, "sft_traces": sft_traces,
+                "test_maps": test_maps, "dev_maps": dev_maps, "cell": cell}
+    with lock(folder.parent, wait=True):   # another process may be making the same data
+        if folder.exists():
+            return
+        shutil.rmtree(building, ignore_errors=True)   # left by a process that was killed
+        try:
+            (building / "images").mkdir(parents=True)
+            _fill_folder(building, settings, show=progress)
+            os.sync()   # thousands of pictures: all at once
+            os.replace(building, folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)   # nothing is left of it after a success
 
 
 def _fill_folder(folder, settings, show):
@@ -996,11 +996,15 @@ def curves(folder):
 def write_file(path, content):
     """Whole or not at all: a temporary name, fsync, rename. content: text or bytes."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:  # a full disk: leave no half file to fill it further
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def to_disk(path):
@@ -1020,7 +1024,7 @@ class Stopped(Exception):
             if cls.asked:
                 raise KeyboardInterrupt
             cls.asked = True
-            print("\nstopping after this step (again: at once)", file=sys.stderr)
+            os.write(2, b"\nstopping after this step (again: at once)\n")  # print may not be called while another print runs
 
         cls.asked = False
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -1038,7 +1042,8 @@ class Log:
 
     def _append(self, name, line):
         if self.folder:
-            line = {k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()}
+            tidy = lambda v: (round(v, 6) if math.isfinite(v) else None) if isinstance(v, float) else v  # JSON has no nan
+            line = {k: tidy(v) for k, v in line.items()}
             with open(self.folder / name, "a") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -1090,35 +1095,34 @@ class Log:
         """Keep the last two checkpoints. A name holds the checksum of its file, so that damage is noticed."""
         folder = self.folder / "checkpoints"
         folder.mkdir(exist_ok=True)
-        state = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
-        content = safetensors.torch.save({**optimizer.state(), "state": state})
+        for half in folder.glob("*.tmp"):  # left by a process that was killed
+            half.unlink()
+        metrics = self.folder / "metrics.jsonl"
+        state = json.dumps({"state": state, "metrics": metrics.read_text() if metrics.is_file() else ""})
+        content = safetensors.torch.save({**optimizer.state(), "state": torch.tensor(list(state.encode()), dtype=torch.uint8)})
         write_file(folder / f"{title}-{step:07d}-{checksum(content)}.safetensors", content)
         for old in sorted(folder.glob(f"{title}-*.safetensors"))[:-2]:
             old.unlink()
 
     def _load(self, title, optimizer, restore):
-        """Restore the last good checkpoint of a stage and drop later lines of metrics.jsonl. Returns its step, or 0."""
+        """Restore a stage's last good checkpoint and the metrics.jsonl of that moment. Returns its step, or 0."""
         if not self.folder:
             return 0
-        done = 0
+        metrics = self.folder / "metrics.jsonl"
         for file in sorted((self.folder / "checkpoints").glob(f"{title}-*.safetensors"), reverse=True):
             content = file.read_bytes()
-            if checksum(content) == file.stem.split("-")[2]:
+            if file.stem.split("-")[-1] == checksum(content):
                 found = safetensors.torch.load(content)
-                restore(json.loads(bytes(found.pop("state").tolist())))
+                state = json.loads(bytes(found.pop("state").tolist()))
+                write_file(metrics, state["metrics"])
+                restore(state["state"])
                 optimizer.restore(found)
-                done = int(file.stem.split("-")[1])
-                break
+                return int(file.stem.split("-")[1])
             print(f"{file} is damaged; going on from the one before", file=sys.stderr)
-        metrics, kept = self.folder / "metrics.jsonl", []
-        for line in metrics.read_text().splitlines() if metrics.is_file() else ():
-            try:
-                if json.loads(line)["stage"] != title or json.loads(line)["step"] <= done:
-                    kept.append(line + "\n")
-            except ValueError:  # half a line: the process was killed while it wrote
-                pass
-        write_file(metrics, "".join(kept))
-        return done
+            file.rename(file.with_suffix(".damaged"))
+        lines = metrics.read_text().splitlines(True) if metrics.is_file() else []
+        write_file(metrics, "".join(line for line in lines if f'"stage": "{title}"' not in line and line.endswith("\n")))
+        return 0
 
 
 def checksum(content):
@@ -1138,12 +1142,13 @@ def lock(folder, wait=False):
 
 def open_run(folder, flat):
     """Make the run's folder and write its exact settings. False if it holds these settings' finished run."""
+    flat = {**flat, "threads": torch.get_num_threads()}  # another number rounds differently
     settings = {k: v for k, v in flat.items() if k not in ("run", "runs", "data", "mode", "checkpoint")}
     old = folder / "settings.yaml"
     if old.is_file():
-        before = yaml.safe_load(old.read_text())
+        before = yaml.safe_load(old.read_text()) or {}
         changed = [f"{k} was {before.get(k)}, now {v}" for k, v in settings.items() if before.get(k) != v]
-        if changed:
+        if changed and (folder / "metrics.jsonl").is_file():  # without it, nothing was done there yet
             raise UserError(f"{folder} holds a run with other settings ({'; '.join(changed[:4])}): "
                             "give run=ANOTHER_NAME or remove it")
         if (folder / "results.json").is_file():

@@ -17,9 +17,9 @@ corrections are rewritten from the text so far and do not look at the picture. T
         gradient step on  - sum_i A_i * sum over the unmasked tokens of log pi(token)
         D.append(one prefix of each fresh rollout, cut after an attempt that was drawn)
 
-"The release" below is the authors' published code, which uses GRPO. Left out on purpose, compared with it: division by
-the group's standard deviation (here a setting), the importance ratio and its clipping (each batch is used for one
-update, so the ratio is one).
+Groups whose rewards are all equal, or nearly all 0 or 1, teach nothing and are dropped. "The release" below is the authors'
+published code, which uses GRPO: it divides by the group's standard deviation (here a setting), and has an importance ratio
+and its clipping (each batch is used for one update, so the ratio is one). README.md lists all that differs.
 
 Read it from top to bottom, in the order in which an episode lives:
      1 settings      config.yaml as dataclasses; a method is a row of settings
@@ -27,7 +27,7 @@ Read it from top to bottom, in the order in which an episode lives:
      3 policy        the VLM: ids, pictures, cached sampling, log-probs; loading and saving
      4 episodes      multi-turn rollouts from a question or a roll-in prefix
      5 reward        outcome and reflection
-     6 roll-ins      the buffer of failed prefixes
+     6 roll-ins      the buffer of prefixes, most of them failed
      7 loss          prefix masking, advantages, REINFORCE
      8 SFT           the demonstrations that teach the protocol
      9 RL            the training loop
@@ -68,9 +68,7 @@ transformers.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 
 
-# ======================================================================================================
-# 1. Settings
-# ======================================================================================================
+# ==================== 1. Settings =====================================================================
 # config.yaml names every setting once, with its default, what is allowed, and a sentence. It becomes
 # one frozen dataclass with a nested dataclass a section: `cfg.rl.steps`.
 
@@ -91,7 +89,7 @@ def read_config(words=(), file=HERE / "config.yaml"):
     for table in ("profile", "method"):
         row = str(given.get(table, flat[table]))
         check_value(table, row, spec[table])
-        flat.update(config[table + "s"][row])
+        flat.update({check_key(key, spec): value for key, value in config[table + "s"][row].items()})
     flat.update(given)
     flat = {key: check_value(key, flat[key], entry) for key, entry in spec.items()}
     return nest(flat), flat
@@ -151,9 +149,7 @@ def nest(flat):
     return make("Settings", {k: make(k, v) if isinstance(v, dict) else v for k, v in sections.items()})
 
 
-# ======================================================================================================
-# 2. Task
-# ======================================================================================================
+# ==================== 2. Task =========================================================================
 # A task is a class with these few methods. Nothing below asks which task is running: a new one is a new
 # class, a line in TASKS, and its name and section in config.yaml.
 
@@ -199,7 +195,10 @@ class Navigation:
         return data_prep.walk(example["layout"], attempt)[0] == "exact"
 
     def progress(self, example, attempt):
-        """p_t in [0, 1]: length of the longest strictly distance-decreasing legal prefix, over the optimal length."""
+        """p_t in [0, 1]: length of the longest strictly distance-decreasing legal prefix, over the optimal length.
+
+        0 for an answer that reaches the goal and goes on.
+        """
         return data_prep.progress(example["layout"], attempt)
 
     def same(self, attempt, other):
@@ -237,9 +236,7 @@ def parse_turn(task, text):
     return ("answer" if answer is not None else "final"), thought, attempt
 
 
-# ======================================================================================================
-# 3. Policy
-# ======================================================================================================
+# ==================== 3. Policy =======================================================================
 
 class Picture:
     """An image as the vision tower takes it: resized to whole visual tokens, still 8-bit.
@@ -323,7 +320,7 @@ class Context:
     def take(self, rows):
         """Keep these rows, in this order; a row may be taken several times (one prompt, G samples)."""
         self.cache.take(rows)
-        self.valid, self.position, self.last = self.valid[rows], self.position[rows], self.last[rows]
+        self.valid, self.position, self.last = (t.index_select(0, rows) for t in (self.valid, self.position, self.last))
 
 
 class Policy:
@@ -504,6 +501,8 @@ class Policy:
         tokens, logps, done = [], [], torch.zeros(size, dtype=torch.bool, device=self.device)
         for step in range(max_new):
             logp = self.log_softmax(context.last)
+            if not torch.isfinite(logp.amax()):
+                raise UserError("the policy's log-probs are not finite: lower the learning rate and give run=ANOTHER_NAME")
             token = logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
             token = torch.where(start[:, step] >= 0, start[:, step], token)
             tokens.append(torch.where(done, -1, token))
@@ -530,14 +529,14 @@ class Policy:
 
         Returns two lists of (action tokens,) tensors. An opening that several episodes share is read once.
         """
-        first = {}  # opening -> the first episode that has it
-        shared = [first.setdefault((id(e.question_ids), *map(id, e.replayed)), e) for e in episodes]
-        heads = list(first.values())
+        by_opening = {}  # opening -> the first episode that has it
+        shared = [by_opening.setdefault((id(e.question_ids), *map(id, e.replayed)), e) for e in episodes]
+        heads = list(by_opening.values())
         context = Context(len(heads), self.device)
         self.extend(context, [e.opening for e in heads], [p for e in heads for p in e.opening_pictures])
         if len(heads) < len(episodes):
-            row = {id(e): n for n, e in enumerate(heads)}
-            context.take(torch.tensor([row[id(e)] for e in shared], device=self.device))
+            head_row = {id(e): n for n, e in enumerate(heads)}
+            context.take(torch.tensor([head_row[id(e)] for e in shared], device=self.device))
         first, rows = context.last[:, None], [e.rest for e in episodes]
         hidden = self.extend(context, rows, [p for e in episodes for p in e.rest_pictures])
         hidden = torch.cat([first, hidden], 1)  # column j now predicts token j of the row
@@ -550,9 +549,14 @@ class Policy:
         return logp.gather(1, taken[:, None])[:, 0].split(counts), entropy.detach().split(counts)
 
 
+def model_folder(name):
+    """The folder that `model=` names: as it stands, or beside this file."""
+    return Path(name) if Path(name).is_dir() else HERE / name
+
+
 def load_policy(name, cfg):
     """A Policy from a Hugging Face folder or hub name. UserError if there is none."""
-    folder = Path(name) if Path(name).is_dir() else HERE / name
+    folder = model_folder(name)
     hub_name = not folder.exists() and re.fullmatch(r"(?!assets/|runs/)[\w-][\w.-]*/[\w.-]+", str(name))
     if not (folder / "config.json").is_file() and not hub_name:
         raise UserError(f"model={name}: no folder with a config.json; name a Hugging Face folder or a hub name, "
@@ -564,8 +568,8 @@ def load_policy(name, cfg):
             attn_implementation={"text_config": "grouped" if device.type == "cpu" else "sdpa", "vision_config": "sdpa"})
         return Policy(model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(source),
                       Qwen2VLImageProcessorPil.from_pretrained(source), cfg)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model={name} cannot be loaded: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # half a download, another architecture: the libraries raise many kinds
+        raise UserError(f"model={name} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
 def save_policy(policy, folder):
@@ -573,10 +577,14 @@ def save_policy(policy, folder):
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    for part in (policy.model, policy.tokenizer, policy.processor):
-        part.save_pretrained(temporary)
-    for file in temporary.iterdir():
-        data_prep.to_disk(file)
+    try:
+        for part in (policy.model, policy.tokenizer, policy.processor):
+            part.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            data_prep.to_disk(file)
+    except Exception as error:  # the libraries raise many kinds where a disk is full
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written: {error}") from None
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(temporary, folder)
 
@@ -588,14 +596,12 @@ def device_of(cfg):
 
 
 def dtype_of(cfg, device):
-    """The dtype of the weights and of all arithmetic but sums, norms and softmax. auto: bf16 where the machine has it."""
+    """The dtype of weights and activations; norms, logits and the loss are fp32. auto: bf16 where the machine computes in it."""
     fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return {"auto": torch.bfloat16 if fast else torch.float32}.get(cfg.policy.dtype) or getattr(torch, cfg.policy.dtype)
 
 
-# ======================================================================================================
-# 4. Episodes
-# ======================================================================================================
+# ==================== 4. Episodes =====================================================================
 
 
 @dataclasses.dataclass
@@ -633,7 +639,7 @@ class Episode:
         return [*self.replayed, *self.turns]
 
     @property
-    def attempts(self):
+    def attempts(self):  # the ANSWERs: a FINAL only repeats the last
         return [t.attempt for t in self.all_turns if t.kind == "answer"]
 
     @property
@@ -739,9 +745,7 @@ def play(policy, task, starts, samples, max_turns, generator, greedy=False, trai
     return episodes
 
 
-# ======================================================================================================
-# 5. Reward
-# ======================================================================================================
+# ==================== 5. Reward =======================================================================
 
 
 def reward(task, episode, cfg):
@@ -752,7 +756,7 @@ def reward(task, episode, cfg):
         turn limit reached without FINAL: the same with `unfinished` in place of `form`, or malformed if that is 0
         reflection = clip(sum_t w(p_{t+1} - p_t), 0, 1),  w(d) = d for d >= 0, worse * d for d < 0
 
-    p_t in [0, 1] is the progress of attempt t. Without reflection shaping, outcome only: reflection = 0. In the release
+    p_t in [0, 1] is the progress of attempt t. Without reflection shaping, outcome only: reflection and revisions count 0. In the release
     `unfinished` is 0: then a wrong answer that is committed in time pays more than an honest next attempt, and a model
     that is often wrong learns to commit. cfg: the section `reward` of the settings.
     """
@@ -769,9 +773,7 @@ def reward(task, episode, cfg):
     return cfg.form + (1.0 - cfg.form) * reflection
 
 
-# ======================================================================================================
-# 6. Roll-in buffer
-# ======================================================================================================
+# ==================== 6. Roll-in buffer ===============================================================
 
 
 @dataclasses.dataclass
@@ -786,7 +788,7 @@ class RollIn:
     def start(self, policy, task):
         """The episode to go on with, as it was when it was cut."""
         episode = begin(policy, task, self.example)
-        # After a wrong attempt the next turn is forced to open with <THINK>, so that it cannot be committed.
+        # After a wrong attempt the next turn is forced to open with <THINK>: a FINAL may not follow that, so it is not committed.
         episode.replayed, episode.force_think = [dataclasses.replace(t) for t in self.turns], not self.right
         for turn in episode.replayed:
             give_feedback(policy, task, episode, turn, {})
@@ -836,9 +838,7 @@ class RollInBuffer:
             self.entries.append(RollIn(examples[name], turns, right, step))
 
 
-# ======================================================================================================
-# 7. Loss
-# ======================================================================================================
+# ==================== 7. Loss =========================================================================
 
 
 def turn_weights(episode, prefix_mask, rng):
@@ -848,9 +848,9 @@ def turn_weights(episode, prefix_mask, rng):
     expected: its average over k: turn t weighs P(k <= t) = t / T.
     Roll-in episodes are not masked: their old turns are not trained anyway.
 
-    Bias: the weight t/T depends, through T, on actions taken after turn t. So the baseline does not cancel in the
-    expectation, and a failing episode is blamed less if it is longer. With T fixed neither happens. `random` has
-    the same mean and the same bias.
+    Bias: later actions decide T, so the weight t/T of turn t depends on them. The baseline then does not cancel in the
+    expectation, and a failing episode is blamed less if it is longer. For a fixed T there is no bias. `random` has the
+    same mean, so the same bias.
     """
     total = len(episode.turns)
     if prefix_mask == "none" or episode.replayed:
@@ -882,7 +882,7 @@ def policy_loss(logps, reference, advantage, weights, kl, rollouts):
 
     logps, reference, weights: one (tokens,) tensor an episode; advantage: (episodes,). N is the number of rollouts
     sampled, kept or not: it must not depend on the mask, or `expected` would no longer be the average of `random`.
-    The KL term holds on all fresh tokens, masked or not: masked first turns would be free to drift.
+    The KL term holds on all sampled tokens of the kept groups, masked or not: masked first turns would be free to drift.
     """
     loss = 0.0
     for logp, ref, a, m in zip(logps, reference, advantage, weights):
@@ -892,9 +892,7 @@ def policy_loss(logps, reference, advantage, weights, kl, rollouts):
     return loss / rollouts
 
 
-# ======================================================================================================
-# 8. SFT
-# ======================================================================================================
+# ==================== 8. SFT ==========================================================================
 
 
 def demonstration(policy, task, example):
@@ -927,8 +925,7 @@ def supervise(policy, batch, steps, lr, title, log, micro=16):
             loss.backward()
             total += loss.item()
         norm = optimizer.step(rate, clip=1.0)
-        log({"stage": title, "step": step, "loss": total if math.isfinite(total) else None,
-             "grad_norm": norm if math.isfinite(norm) else None, "skipped": optimizer.skipped, "lr": rate})
+        log({"stage": title, "step": step, "loss": total, "grad_norm": norm, "skipped": optimizer.skipped, "lr": rate})
 
 
 class Optimizer:
@@ -954,8 +951,8 @@ class Optimizer:
         norm = torch.nn.utils.clip_grad_norm_(self.copies, clip).item()
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if self.skipped == 10:
-            raise UserError("ten steps in a row had a loss or gradient that is not finite: lower the learning rate; "
-                            "the same command goes on from the last good checkpoint")
+            raise UserError("ten steps in a row had a loss or gradient that is not finite: lower the learning rate and "
+                            "give run=ANOTHER_NAME; the last good checkpoint is kept")
         if not self.skipped:
             self.adam.param_groups[0]["lr"] = lr
             self.adam.step()
@@ -977,7 +974,8 @@ class Optimizer:
         """Go on from `state`; the model's weights are set as well."""
         for i, copy in enumerate(self.copies):
             copy.copy_(state[f"weight.{i}"])
-            self.adam.state[copy] = {name: state[f"{name}.{i}"] for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{i}" in state}
+            kept = {name: state[f"{name}.{i}"] for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{i}" in state}
+            self.adam.state[copy] = {name: tensor.to(copy.device) for name, tensor in kept.items()}
         self.publish()
 
 
@@ -1001,15 +999,17 @@ def sft(policy, task, cfg, log):
     """
     policy.freeze_vision(cfg.sft.freeze_vision)
     examples = task.load("sft")
+    # A trace's last turn commits the right path; as a first ANSWER it is a trace of one turn.
     answer = lambda e: {**e, "turns": [{"text": e["turns"][-1]["text"].replace("FINAL", "ANSWER"), "loss": True}]}
     for title, steps, traces in (("first", cfg.sft.first_steps, map(answer, examples)), ("sft", cfg.sft.steps, examples)):
         traces = [demonstration(policy, task, e) for e in traces] if steps else []
+        if policy.frozen:  # now, in one order: rounding depends on which pictures are encoded together
+            with torch.no_grad():
+                policy.look([p for e in traces for p in (*e.opening_pictures, *e.rest_pictures)])
         supervise(policy, lambda step: draw(traces, cfg.sft.batch, step, cfg.seed), steps, cfg.sft.lr, title, log)
 
 
-# ======================================================================================================
-# 9. RL
-# ======================================================================================================
+# ==================== 9. RL ===========================================================================
 
 
 def average(values):
@@ -1060,8 +1060,8 @@ def rl(policy, reference, task, cfg, log):
             part = rows[at : at + cfg.rl.micro]
             batch = [episodes[i] for i in part]
             logps, entropies = policy.log_probs(batch)
-            refs = logps
-            if cfg.rl.kl or at == 0:  # without a KL term, the divergence is measured on one micro-batch only
+            refs = logps  # not looked at unless there is a KL term
+            if cfg.rl.kl or at == 0:  # without one, the divergence is measured on one micro-batch only, the shortest rollouts
                 with torch.no_grad():
                     refs = reference.log_probs(batch)[0]
                     divergence.append(kl_terms(torch.cat(logps), torch.cat(refs)).mean().item())
@@ -1071,7 +1071,7 @@ def rl(policy, reference, task, cfg, log):
             tokens += sum(len(l) for l in logps)
         norm = optimizer.step(rate, cfg.rl.clip) if kept else 0.0
 
-        # --- roll-ins for later steps
+        # --- roll-ins for later steps; in random order, so that the caps favour no question
         for n in rng.sample(range(len(episodes)), len(episodes)):
             buffer.add(task, episodes[n], step, rng)
         log.time({"stage": "rl", "step": step, "rollouts": len(episodes), "seconds_sampling": sampled - began,
@@ -1090,21 +1090,20 @@ def rl(policy, reference, task, cfg, log):
              "rollins": len(rolled) / len(episodes), "buffer": len(buffer.entries),
              "buffer_wrong": average(not e.right for e in buffer.entries),
              "buffer_age": average(step - e.step for e in buffer.entries),
-             "grad_norm": norm if math.isfinite(norm) else None, "skipped": optimizer.skipped, "lr": rate})
+             "grad_norm": norm, "skipped": optimizer.skipped, "lr": rate})
         log.bar.set_postfix(reward=f"{rewards.mean().item():.2f}")
 
 
-# ======================================================================================================
-# 10. Evaluation
-# ======================================================================================================
+# ==================== 10. Evaluation ==================================================================
 
 
 def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
-    """Greedy and sampled play on every split. Returns (rows, fixed, episodes).
+    """Greedy play, sampled play and repair of given wrong first turns, on every split. Returns (rows, fixed, episodes).
 
     rows: a dict a split, with rates in [0, 1] (None where nothing was counted); what ends in `_by_map` is a string of
     0 and 1, for paired tests. fixed: {split: {example id: text of the SFT model's wrong first turn}}, given for every
-    model but the SFT model itself, which makes it: repair measured on it cannot be gained by failing first.
+    model that is compared with the SFT model, which makes it: repair measured on it cannot be gained by failing first. Without
+    it the model's own wrong first turns serve.
     episodes: the greedy ones, by split.
     """
     rows, wrong, kept = [], {}, {}
@@ -1113,11 +1112,13 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
     bar = tqdm(total=3 * len(splits), desc=title, unit="pass", dynamic_ncols=True)
 
     def run(starts, greedy):
+        episodes = []
+        for at in range(0, len(starts), cfg.eval.batch):
+            episodes += play(policy, task, starts[at : at + cfg.eval.batch], 1, cfg.eval.max_turns, generator, greedy)
+            if Stopped.asked:
+                raise Stopped
         bar.update()
-        if Stopped.asked:
-            raise Stopped
-        parts = [starts[i : i + cfg.eval.batch] for i in range(0, len(starts), cfg.eval.batch)]
-        return [e for part in parts for e in play(policy, task, part, 1, cfg.eval.max_turns, generator, greedy)]
+        return episodes
 
     for split, name in zip(splits, task.SPLITS):
         examples = task.load(split)[: cfg.eval.maps]
@@ -1173,48 +1174,42 @@ def differences(models):
     return {key: value for key, value in found.items() if value}
 
 
-# ======================================================================================================
-# 11. Main
-# ======================================================================================================
+# ==================== 11. Main ========================================================================
 
 
-APART_FROM_SFT = ("method", "profile", "mode", "run", "runs", "data", "threads", "checkpoint", "see", "rl", "reward", "buffer", "eval")
+APART_FROM_SFT = ("method", "profile", "mode", "run", "runs", "data", "checkpoint", "see", "rl", "reward", "buffer", "eval")
 
 
 def sft_model(cfg, flat, task):
     """(policy, folder) of the SFT model, trained now or by an earlier run: methods with equal SFT settings share it."""
-    decides = {k: v for k, v in flat.items() if k.split(".")[0] not in APART_FROM_SFT}
-    weights = Path(cfg.model) / "model.safetensors"  # an embedded model made anew is another model
+    decides = {k: v for k, v in flat.items() if k.split(".")[0] not in APART_FROM_SFT} | {"threads": torch.get_num_threads()}
+    weights = model_folder(cfg.model) / "model.safetensors"  # an embedded model made anew is another model
     if weights.is_file():
         decides["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     folder = Path(cfg.runs) / f"sft-{key_of(decides)}"
-    if not (folder / "model" / "config.json").is_file():
-        held = data_prep.lock(folder, wait=True)  # another method may be training the same SFT model: then it is ours as well
+    with data_prep.lock(folder, wait=True):  # another method may be training the same SFT model: then it is ours as well
         if not (folder / "model" / "config.json").is_file():
             policy, log = load_policy(cfg.model, cfg), Log(folder, cfg.checkpoint)
             sft(policy, task, cfg, log)
             log.stage("sft")
             save_policy(policy, folder / "model")
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        held.close()
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return load_policy(folder / "model", cfg), folder
 
 
 def evaluated(folder, policy, task, cfg):
     """(rows, fixed) of the SFT model, kept in its folder."""
     file = folder / f"evaluation-{key_of(dataclasses.asdict(cfg.eval))}.json"
-    if not file.is_file():
-        rows, fixed, _ = evaluate(policy, task, cfg, title="evaluate sft")
-        write_file(file, json.dumps({"rows": rows, "fixed": fixed}))
+    with data_prep.lock(folder, wait=True):
+        if not file.is_file():
+            rows, fixed, _ = evaluate(policy, task, cfg, title="evaluate sft")
+            write_file(file, json.dumps({"rows": rows, "fixed": fixed}))
     found = json.loads(file.read_text())
     return found["rows"], found["fixed"]
 
 
-def train(cfg, flat, words):
-    """SFT, then RL, then evaluation: the method's row decides which parts do anything."""
-    profile = "" if cfg.profile == "default" else "-" + cfg.profile
-    folder = Path(cfg.runs) / (cfg.run or f"{cfg.task}-{cfg.method}-seed{cfg.seed}{profile}")
-    held = data_prep.lock(folder)
+def train(cfg, flat, words, folder):
+    """SFT, then RL, then evaluation: the method's row decides which parts do anything. `folder` is the run's own."""
     if not data_prep.open_run(folder, flat):
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # in case it was killed just there
         return print((folder / "report.md").read_text())
@@ -1230,8 +1225,8 @@ def train(cfg, flat, words):
     policy, own_folder = sft_model(cfg, flat, task)
     if not (folder / "checkpoints").is_dir():
         write_file(folder / "metrics.jsonl", (own_folder / "metrics.jsonl").read_text())
+    log.stage("start model")
     if cfg.rl.steps:
-        log.stage("start of rl")
         rl(policy, load_policy(own_folder / "model", cfg), task, cfg, log)
         log.stage("rl")
     rows, _, episodes = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}")
@@ -1240,7 +1235,6 @@ def train(cfg, flat, words):
     save_policy(policy, folder / "model")
     print("\n" + data_prep.report(folder, cfg, task, models, differences(models), data_prep.choose(task, episodes)))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    held.close()
 
 
 def main(words):
@@ -1253,7 +1247,10 @@ def main(words):
     cfg, flat = read_config(words)
     torch.set_num_threads(cfg.threads or os.cpu_count())
     if cfg.mode == "train":
-        return train(cfg, flat, words)
+        profile = "" if cfg.profile == "default" else "-" + cfg.profile
+        folder = Path(cfg.runs) / (cfg.run or f"{cfg.task}-{cfg.method}-seed{cfg.seed}{profile}")
+        with data_prep.lock(folder):
+            return train(cfg, flat, words, folder)
     task = TASKS[cfg.task](cfg)
     name = "-".join(Path(cfg.model).parts[-2:])
     folder = Path(cfg.runs) / (cfg.run or f"{cfg.mode}-{name}")
@@ -1276,14 +1273,14 @@ def run_main(function, words):
     try:
         function(words)
     except Stopped:
-        print("stopped; the same command goes on from here", file=sys.stderr)
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         raise SystemExit(130) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except UserError as error:
         message = error
     except OSError as error:  # a folder that cannot be written, a full disk
-        message = f"{error.filename or 'writing'}: {error.strerror}; mend that, or choose other folders with runs= and data="
+        message = f"{error.filename or 'writing'}: {error.strerror or error}; mend that, or choose other folders with runs= and data="
     else:
         return
     print(f"error: {message}", file=sys.stderr)
