@@ -71,7 +71,7 @@ def taught(cfg, task, lessons):
     """A policy that has seen the smoke demonstrations a few times: it keeps to the protocol and solves little."""
     policy, log = fresh_policy(cfg), Listener(lessons)
     traces = [vrrl.demonstration(policy, task, e) for e in task.load("sft")]
-    vrrl.supervise(policy, lambda step: vrrl.draw(traces, 8, step, 0), 60, 3e-3, "sft", log)
+    vrrl.supervise(policy, lambda step: vrrl.items_of(traces, 8, step, 0), 60, 3e-3, "sft", log)
     return policy
 
 
@@ -596,7 +596,7 @@ def test_pictures_reach_the_vision_tower_as_from_the_library(policy, monkeypatch
     real = policy.model.model.get_image_features
     monkeypatch.setattr(policy.model.model, "get_image_features", lambda x, grid, **kw: seen.append((x, grid)) or real(x, grid, **kw))
     with torch.no_grad():
-        policy.look([policy.picture(i) for i in images])
+        policy.encode_pictures([policy.picture(i) for i in images])
     expected = policy.processor(images=images, return_tensors="pt")
     assert torch.equal(seen[0][1], expected["image_grid_thw"]) and furthest([seen[0][0]], [expected["pixel_values"]]) < 1e-5
 
@@ -607,7 +607,7 @@ def test_pictures_of_mixed_sizes_keep_their_order(policy):
     pictures = [policy.picture(Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))) for h, w in ((48, 64), (32, 32), (64, 48), (48, 64), (32, 32))]
     images = pictures_of(policy, pictures)
     expected = policy.model.model.get_image_features(images["pixel_values"], images["image_grid_thw"], return_dict=True).pooler_output
-    assert furthest([f for f, _ in policy.look([*pictures, pictures[0]])], [*expected, expected[0]]) < 1e-5
+    assert furthest([f for f, _ in policy.encode_pictures([*pictures, pictures[0]])], [*expected, expected[0]]) < 1e-5
     assert [p.rows * p.cols for p in pictures] == [len(f) for f in expected]
 
 
@@ -1051,7 +1051,7 @@ def test_sft_lowers_the_loss(taught, lessons):
 
 
 def test_passes_over_the_items_are_whole_and_in_new_orders():
-    passed = [i for step in range(1, 11) for i in vrrl.draw(list(range(10)), 4, step, 0)]
+    passed = [i for step in range(1, 11) for i in vrrl.items_of(list(range(10)), 4, step, 0)]
     assert all(sorted(passed[n:n + 10]) == list(range(10)) for n in (0, 10, 20, 30)) and passed[:10] != passed[10:20]
 
 
@@ -1073,6 +1073,8 @@ def test_rl_gives_every_rollout_its_own_advantage_mask_and_reference(home, taugh
     assert len(batches) == len(losses) >= 6 and any(e.replayed for b in batches for e in b)
     groups = {id(e): step[n // 3 * 3:n // 3 * 3 + 3] for step in played for n, e in enumerate(step)}
     assert all(len({id(x.question_ids) for x in group}) == 1 for group in groups.values())
+    assert {max(len(e.turns) for step in played for e in step if bool(e.replayed) == rolled) for rolled in (True, False)} <= {cfg.rl.rollin_turns, cfg.rl.max_turns}
+    assert all(len(e.turns) <= cfg.rl.rollin_turns for step in played for e in step if e.replayed)
     assert len({id(e) for b in batches for e in b}) == sum(map(len, batches))  # each kept rollout once
     for batch, (logps, refs, advantage, weights, weight, rollouts) in zip(batches, losses):
         r = lambda e: score(task, e, None)
@@ -1095,7 +1097,7 @@ def test_a_vision_tower_in_training_looks_at_every_picture_anew(home, taught, ta
     score, real, rolled = (lambda task, e, cfg: sum(e.rest) % 7 / 10 + 0.1), policy.log_probs, []
 
     def log_probs(batch):
-        assert all(f.requires_grad for e in batch for f, _ in policy.look([*e.opening_pictures, *e.rest_pictures]))
+        assert all(f.requires_grad for e in batch for f, _ in policy.encode_pictures([*e.opening_pictures, *e.rest_pictures]))
         rolled.extend(e for e in batch if e.replayed)
         return real(batch)
 
@@ -1223,7 +1225,7 @@ def test_a_run_leaves_its_settings_figures_pictures_and_model(smoke):
 
 def test_metrics_hold_every_step_and_results_every_split_of_both_models(smoke):
     lines = [json.loads(line) for line in (smoke[1] / "metrics.jsonl").read_text().splitlines()]
-    assert [(m["stage"], m["step"]) for m in lines] == [(stage, n) for stage in ("first", "sft") for n in range(1, 5)] + [("rl", n) for n in range(1, 4)]
+    assert [(m["stage"], m["step"]) for m in lines] == [("first", n) for n in range(1, 9)] + [("sft", n) for n in range(1, 5)] + [("rl", n) for n in range(1, 4)]
     rows = json.loads((smoke[1] / "results.json").read_text())["rows"]
     assert [(r["method"], r["split"]) for r in rows] == [(m, s) for m in ("sft", "vrrl") for s in vrrl.Navigation.SPLITS]
 
@@ -1403,6 +1405,18 @@ def test_a_full_disk_is_one_clear_line_and_leaves_the_last_good_checkpoint(tmp_p
     monkeypatch.undo()
     steps.take(6)
     assert steps.seen == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_model_that_cannot_be_written_is_one_clear_line_and_the_old_one_stays(policy, tmp_path, monkeypatch):
+    vrrl.save_policy(policy, tmp_path / "model")
+    before = contents(tmp_path)
+    def full(folder):
+        (folder / "half").write_text("x")
+        raise RuntimeError("No space left on device")
+    monkeypatch.setattr(policy.tokenizer, "save_pretrained", full)
+    with pytest.raises(vrrl.UserError, match="model cannot be written: No space left"):
+        vrrl.save_policy(policy, tmp_path / "model")
+    assert contents(tmp_path) == before
 
 
 def test_two_runs_in_one_folder_are_refused_while_the_first_lives(smoke, capsys):

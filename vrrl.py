@@ -387,7 +387,7 @@ class Policy:
 
     # ---- pictures to vectors ---------------------------------------------------------------------
 
-    def look(self, pictures):
+    def encode_pictures(self, pictures):
         """Visual tokens of each picture: a list of ((rows * cols, D), its DeepStack features).
 
         Each distinct picture is encoded once; with a frozen vision tower, once for as long as it lives.
@@ -442,7 +442,7 @@ class Policy:
         embeds = self.model.get_input_embeddings()(ids)
         extra = {}
         if pictures:
-            features = self.look(pictures)
+            features = self.encode_pictures(pictures)
             seen = ids.eq(self.image_id) & new
             embeds = embeds.masked_scatter(seen[..., None], torch.cat([f for f, _ in features]).to(embeds.dtype))
             if features[0][1]:  # Qwen3-VL adds deeper visual features to its first layers
@@ -549,19 +549,19 @@ class Policy:
         return logp.gather(1, taken[:, None])[:, 0].split(counts), entropy.detach().split(counts)
 
 
-def model_folder(name):
-    """The folder that `model=` names: as it stands, or beside this file."""
-    return Path(name) if Path(name).is_dir() else HERE / name
-
-
-def load_policy(name, cfg):
-    """A Policy from a Hugging Face folder or hub name. UserError if there is none."""
-    folder = model_folder(name)
+def source_of(name):
+    """What `model=` names: a folder, as it stands or beside this file, or a hub name. UserError if it is neither."""
+    folder = Path(name) if Path(name).is_dir() else HERE / name
     hub_name = not folder.exists() and re.fullmatch(r"(?!assets/|runs/)[\w-][\w.-]*/[\w.-]+", str(name))
     if not (folder / "config.json").is_file() and not hub_name:
         raise UserError(f"model={name}: no folder with a config.json; name a Hugging Face folder or a hub name, "
                         "or make the embedded model again: python data_prep.py embedded")
-    device, source = device_of(cfg), str(folder) if folder.is_dir() else name
+    return str(name if hub_name else folder)
+
+
+def load_policy(name, cfg):
+    """A Policy from a Hugging Face folder or hub name. UserError if there is none."""
+    device, source = device_of(cfg), source_of(name)
     try:
         model = transformers.AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype_of(cfg, device),
@@ -984,7 +984,7 @@ def order(count, seed, epoch):
     return random.Random(f"{seed} {epoch}").sample(range(count), count)
 
 
-def draw(items, count, step, seed):
+def items_of(items, count, step, seed):
     """The `count` items of a step (1, 2, ...); each pass over the items is in a new order.
 
     Order depends on step and seed alone, so that a run that goes on after a stop draws the same.
@@ -1005,8 +1005,8 @@ def sft(policy, task, cfg, log):
         traces = [demonstration(policy, task, e) for e in traces] if steps else []
         if policy.frozen:  # now, in one order: rounding depends on which pictures are encoded together
             with torch.no_grad():
-                policy.look([p for e in traces for p in (*e.opening_pictures, *e.rest_pictures)])
-        supervise(policy, lambda step: draw(traces, cfg.sft.batch, step, cfg.seed), steps, cfg.sft.lr, title, log)
+                policy.encode_pictures([p for e in traces for p in (*e.opening_pictures, *e.rest_pictures)])
+        supervise(policy, lambda step: items_of(traces, cfg.sft.batch, step, cfg.seed), steps, cfg.sft.lr, title, log)
 
 
 # ==================== 9. RL ===========================================================================
@@ -1032,7 +1032,7 @@ def rl(policy, reference, task, cfg, log):
 
         # --- sample: each question from its start, or replaced by a roll-in prefix
         fresh, rolled = [], []
-        for example in draw(examples, cfg.rl.questions, step, cfg.seed):
+        for example in items_of(examples, cfg.rl.questions, step, cfg.seed):
             rollin = buffer.draw(step, rng) if rng.random() >= cfg.rl.rtm_share else None
             rolled.append(rollin.start(policy, task)) if rollin else fresh.append(begin(policy, task, example))
         fresh = play(policy, task, fresh, group, cfg.rl.max_turns, generator, training=True)
@@ -1183,7 +1183,7 @@ APART_FROM_SFT = ("method", "profile", "mode", "run", "runs", "data", "checkpoin
 def sft_model(cfg, flat, task):
     """(policy, folder) of the SFT model, trained now or by an earlier run: methods with equal SFT settings share it."""
     decides = {k: v for k, v in flat.items() if k.split(".")[0] not in APART_FROM_SFT} | {"threads": torch.get_num_threads()}
-    weights = model_folder(cfg.model) / "model.safetensors"  # an embedded model made anew is another model
+    weights = Path(source_of(cfg.model)) / "model.safetensors"  # an embedded model made anew is another model
     if weights.is_file():
         decides["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
     folder = Path(cfg.runs) / f"sft-{key_of(decides)}"
@@ -1246,6 +1246,7 @@ def main(words):
         return
     cfg, flat = read_config(words)
     torch.set_num_threads(cfg.threads or os.cpu_count())
+    device_of(cfg), source_of(cfg.model)  # what is wrong with them is said before any work
     if cfg.mode == "train":
         profile = "" if cfg.profile == "default" else "-" + cfg.profile
         folder = Path(cfg.runs) / (cfg.run or f"{cfg.task}-{cfg.method}-seed{cfg.seed}{profile}")
@@ -1257,8 +1258,9 @@ def main(words):
     if (folder / "settings.yaml").exists():
         raise UserError(f"{folder} holds a training run: give run=ANOTHER_NAME")
     folder.mkdir(parents=True, exist_ok=True)
-    policy = load_policy(cfg.model, cfg)
-    rows, _, episodes = evaluate(policy, task, cfg)
+    if cfg.mode == "show":  # a few maps are enough to choose from
+        cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, maps=min(16, cfg.eval.maps)))
+    rows, _, episodes = evaluate(load_policy(cfg.model, cfg), task, cfg)
     if cfg.mode == "show":
         data_prep.film_strip(folder / "episodes.png", task, data_prep.choose(task, episodes), cfg.model)
         print(f"wrote {folder / 'episodes.png'}")
