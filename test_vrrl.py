@@ -1489,7 +1489,7 @@ def plain_play(policy, task, starts, samples, max_turns, generator, greedy=False
     """`vrrl.play` without its savings: every sample reads its whole conversation, pictures included, again at every turn."""
     episodes = [dataclasses.replace(s, turns=[], question_ids=list(s.question_ids)) for s in starts for _ in range(samples)]
     live, think = episodes, policy.encode("<THINK>")
-    for number in range(1, max_turns + 1):
+    for number in range(1, max_turns + 1 if live else 1):
         context = vrrl.Context(len(live), policy.device)
         pictures = [p for e in live for p in [*e.opening_pictures, *e.rest_pictures]]
         for p in pictures:
@@ -1517,7 +1517,7 @@ def speed(words, steps=7):
     _, folder = vrrl.sft_model(cfg, flat, task)
 
     def row(name, *more, plain=False):
-        every = [*words, f"rl.steps={steps}", "rl.questions=16", "rl.rollin_turns=4", *more]
+        every = [*words, f"rl.steps={steps}", "rl.questions=16", "rl.max_turns=4", "rl.rollin_turns=4", *more]
         cfg = vrrl.read_config([*every, "policy.dtype=float32", "rl.micro=128"] if plain else every)[0]
         policy, reference, clock, play = *(vrrl.load_policy(folder / "model", cfg) for _ in range(2)), Clock(), vrrl.play
         if plain:
