@@ -11,13 +11,16 @@ Contents
     5. Making the data            make_navigation
     6. The embedded model         build_embedded, see_talk, make_embedded
     7. Pictures for people        contact_sheet, film_strip, curves
-    8. Files of a run             write_file, Stopped, Log, lock, open_run
-    9. Report                     table, report
+    8. Reading settings           settings_table, check_value, nest
+    9. Files of a run             write_file, Stopped, Log, lock, open_run
+   10. Report                     table, differences, report
 
 A layout is a list of strings of S (start, the elf), F (frozen, safe), H (hole) and G (goal, the
 gift). Cells are (row, column), counted from the top left. `rng` is always a random.Random.
 """
 
+import dataclasses
+import difflib
 import fcntl
 import functools
 import hashlib
@@ -990,7 +993,72 @@ def curves(folder):
     draw_curves(folder / "curves.png", panels or [("nothing was trained", {})])
 
 
-# ---------------------------------------------------------------- 8. files of a run
+# ---------------------------------------------------------------- 8. reading settings
+
+
+def settings_table(file=Path(__file__).with_name("config.yaml")):
+    """({"rl.steps": [default, allowed, help], ...}, the whole file as YAML reads it)."""
+    config, spec = yaml.safe_load(Path(file).read_text()), {}
+    for key, entry in config["settings"].items():
+        spec.update({f"{key}.{k}": e for k, e in entry.items()} if isinstance(entry, dict) else {key: entry})
+    return spec, config
+
+
+def check_key(key, spec):
+    if key not in spec:
+        near = difflib.get_close_matches(key, spec, 1) or [k for k in spec if k.split(".")[-1] == key] or ["--help"]
+        raise UserError(f"unknown setting '{key}'; nearest: {near[0]}")
+    return key
+
+
+def check_value(key, value, entry):
+    """`value` (a word, or what YAML read) as the type of the default and inside what is allowed, or UserError."""
+    default, allowed, _ = entry
+    try:
+        if isinstance(default, bool):
+            value = value if isinstance(value, bool) else {"yes": True, "true": True, "no": False, "false": False}[value]
+            good = True
+        elif isinstance(default, str):
+            value = str(value)
+            good = allowed == "text" or value in allowed.split("|")
+        else:
+            value, (low, high) = type(default)(value), map(float, allowed.split(".."))
+            good = low <= value <= high  # false for nan as well
+    except (ValueError, KeyError, TypeError, OverflowError):
+        good = False
+    if not good:
+        raise UserError(f"{key}={value} is not allowed; allowed: {shown(allowed)}")
+    return value
+
+
+def shown(allowed):
+    return allowed.replace("..", " to ").replace("|", ", ")
+
+
+def key_of(values):
+    """A short name for a dict of settings: what they decide is kept under it."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def nest(flat):
+    """{"seed": 0, "rl.steps": 40} as frozen dataclasses: cfg.seed, cfg.rl.steps."""
+    sections = {}
+    for key, value in flat.items():
+        *section, name = key.split(".")
+        (sections.setdefault(section[0], {}) if section else sections)[name] = value
+    make = lambda name, values: dataclasses.make_dataclass(name, values, frozen=True)(**values)
+    return make("Settings", {k: make(k, v) if isinstance(v, dict) else v for k, v in sections.items()})
+
+
+def settings_help():
+    lines = []
+    for key, (default, allowed, sentence) in settings_table()[0].items():
+        default = ("no", "yes")[default] if isinstance(default, bool) else default
+        lines.append(f"  {key}={default}\n      {sentence} ({shown(allowed)})")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- 9. files of a run
 
 
 def write_file(path, content):
@@ -1165,7 +1233,7 @@ def open_run(folder, flat):
     return True
 
 
-# ---------------------------------------------------------------- 9. report
+# ---------------------------------------------------------------- 10. report
 
 
 def wilson(share, n):
@@ -1191,6 +1259,31 @@ def table(models):
         lines.append(line(name, "**mean ood**", sum(row["n"] for row in ood), *(f"**{percent(m)}**" for m in means),
                           f"{np.mean([row['turns'] for row in ood]):.1f}"))
     return "\n".join(lines)
+
+
+def bits(outcomes):
+    return "".join("01"[bool(o)] for o in outcomes)
+
+
+def paired_difference(new, old, key, samples=2000, seed=0):
+    """Mean over the out-of-distribution splits of new - old in `key`, with a 95 % bootstrap interval over maps.
+
+    Both models are resampled on the same maps, since a map's difficulty is common to both.
+    """
+    rng = np.random.default_rng(seed)
+    key += "_by_map"
+    pairs = [np.array([int(a) - int(b) for a, b in zip(x[key], y[key])]) for x, y in zip(new, old) if x["ood"] and x[key]]
+    if not pairs:
+        return None
+    draws = np.mean([d[rng.integers(len(d), size=(samples, len(d)))].mean(1) for d in pairs], 0)
+    return float(np.mean([d.mean() for d in pairs])), *map(float, np.percentile(draws, [2.5, 97.5]))
+
+
+def differences(models):
+    """{key: paired difference of the last model to the first}; models: {name: rows}."""
+    first, last = list(models.values())[0], list(models.values())[-1]
+    found = {key: paired_difference(last, first, key) for key in ("final", "first", "repair_fixed")} if first is not last else {}
+    return {key: value for key, value in found.items() if value}
 
 
 def report(folder, cfg, task, models, differences, episodes):

@@ -231,7 +231,7 @@ def test_a_data_folder_that_cannot_be_made_is_one_clear_line(capsys, tmp_path):
 
 
 def test_every_method_and_profile_is_a_row_that_builds():
-    spec, config = vrrl.settings_table()
+    spec, config = data_prep.settings_table()
     for name in ("method", "profile"):
         assert set(config[name + "s"]) == set(spec[name][1].split("|"))
     for method, profile in itertools.product(config["methods"], config["profiles"]):
@@ -241,8 +241,8 @@ def test_every_method_and_profile_is_a_row_that_builds():
 
 
 def test_every_default_is_allowed_and_explained():
-    for key, (default, allowed, sentence) in vrrl.settings_table()[0].items():
-        assert vrrl.check_value(key, default, (default, allowed, sentence)) == default and sentence
+    for key, (default, allowed, sentence) in data_prep.settings_table()[0].items():
+        assert data_prep.check_value(key, default, (default, allowed, sentence)) == default and sentence
 
 
 def test_the_command_line_overrides_the_rows():
@@ -252,7 +252,7 @@ def test_the_command_line_overrides_the_rows():
 def test_help_names_every_setting(capsys):
     vrrl.main(["--help"])
     text = capsys.readouterr().out
-    assert all(f"  {key}=" in text for key in vrrl.settings_table()[0])
+    assert all(f"  {key}=" in text for key in data_prep.settings_table()[0])
 
 
 # ---------------------------------------------------------------- data
@@ -1166,8 +1166,8 @@ def test_evaluation_counts_what_happened(policy, task, home, monkeypatch):
 def test_the_paired_difference_is_that_of_the_out_of_distribution_maps():
     rows = lambda *bits: [{"ood": n > 0, "final_by_map": b} for n, b in enumerate(bits)]
     old, new = rows("1111", "0000" * 20, "0101" * 20), rows("0000", "1100" * 20, "0101" * 20)
-    middle, low, high = vrrl.paired_difference(new, old, "final")
-    assert middle == pytest.approx(0.25) and low < 0.25 < high and vrrl.paired_difference(old, old, "final") == (0, 0, 0)
+    middle, low, high = data_prep.paired_difference(new, old, "final")
+    assert middle == pytest.approx(0.25) and low < 0.25 < high and data_prep.paired_difference(old, old, "final") == (0, 0, 0)
 
 
 @pytest.mark.parametrize("right, n, low, high", [(0, 10, 0.0, 0.2775), (5, 10, 0.2366, 0.7634), (10, 10, 0.7225, 1.0)])

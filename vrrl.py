@@ -37,7 +37,6 @@ Read it from top to bottom, in the order in which an episode lives:
 Run `python vrrl.py` for the default run, `python vrrl.py --help` for every setting.
 """
 import dataclasses
-import difflib
 import functools
 import hashlib
 import itertools
@@ -54,7 +53,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from tqdm import tqdm
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -78,75 +76,21 @@ def read_config(words=(), file=HERE / "config.yaml"):
 
     Returns (cfg, flat): a frozen dataclass, and the same as {"rl.steps": 100, ...}. Raises UserError.
     """
-    spec, config = settings_table(file)
+    spec, config = data_prep.settings_table(file)
     given = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals:
             raise UserError(f"'{word}' is not key=value; for example: method=rl seed=3")
-        given[check_key(key, spec)] = text
+        given[data_prep.check_key(key, spec)] = text
     flat = {key: default for key, (default, _, _) in spec.items()}
     for table in ("profile", "method"):
         row = str(given.get(table, flat[table]))
-        check_value(table, row, spec[table])
-        flat.update({check_key(key, spec): value for key, value in config[table + "s"][row].items()})
+        data_prep.check_value(table, row, spec[table])
+        flat.update({data_prep.check_key(key, spec): value for key, value in config[table + "s"][row].items()})
     flat.update(given)
-    flat = {key: check_value(key, flat[key], entry) for key, entry in spec.items()}
-    return nest(flat), flat
-
-
-def settings_table(file=HERE / "config.yaml"):
-    """({"rl.steps": [default, allowed, help], ...}, the whole file as YAML reads it)."""
-    config, spec = yaml.safe_load(Path(file).read_text()), {}
-    for key, entry in config["settings"].items():
-        spec.update({f"{key}.{k}": e for k, e in entry.items()} if isinstance(entry, dict) else {key: entry})
-    return spec, config
-
-
-def check_key(key, spec):
-    if key not in spec:
-        near = difflib.get_close_matches(key, spec, 1) or [k for k in spec if k.split(".")[-1] == key] or ["--help"]
-        raise UserError(f"unknown setting '{key}'; nearest: {near[0]}")
-    return key
-
-
-def check_value(key, value, entry):
-    """`value` (a word, or what YAML read) as the type of the default and inside what is allowed, or UserError."""
-    default, allowed, _ = entry
-    try:
-        if isinstance(default, bool):
-            value = value if isinstance(value, bool) else {"yes": True, "true": True, "no": False, "false": False}[value]
-            good = True
-        elif isinstance(default, str):
-            value = str(value)
-            good = allowed == "text" or value in allowed.split("|")
-        else:
-            value, (low, high) = type(default)(value), map(float, allowed.split(".."))
-            good = low <= value <= high  # false for nan as well
-    except (ValueError, KeyError, TypeError, OverflowError):
-        good = False
-    if not good:
-        raise UserError(f"{key}={value} is not allowed; allowed: {shown(allowed)}")
-    return value
-
-
-def shown(allowed):
-    return allowed.replace("..", " to ").replace("|", ", ")
-
-
-def key_of(values):
-    """A short name for a dict of settings: what they decide is kept under it."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def nest(flat):
-    """{"seed": 0, "rl.steps": 40} as frozen dataclasses: cfg.seed, cfg.rl.steps."""
-    sections = {}
-    for key, value in flat.items():
-        *section, name = key.split(".")
-        (sections.setdefault(section[0], {}) if section else sections)[name] = value
-    make = lambda name, values: dataclasses.make_dataclass(name, values, frozen=True)(**values)
-    return make("Settings", {k: make(k, v) if isinstance(v, dict) else v for k, v in sections.items()})
+    flat = {key: data_prep.check_value(key, flat[key], entry) for key, entry in spec.items()}
+    return data_prep.nest(flat), flat
 
 
 # ==================== 2. Task =========================================================================
@@ -166,7 +110,7 @@ class Navigation:
     def __init__(self, cfg, show=True):
         # Keyed by its settings, so that the data of a smoke run is never taken for the real thing.
         made = dataclasses.asdict(cfg.nav)
-        self.words, self.folder = cfg.protocol, Path(cfg.data) / f"navigation-{key_of(made)}"
+        self.words, self.folder = cfg.protocol, Path(cfg.data) / f"navigation-{data_prep.key_of(made)}"
         data_prep.make_navigation(self.folder, **made, progress=show)
 
     def load(self, split):
@@ -1144,34 +1088,9 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
             "break": average(not ok for ok, was in zip(final, first) if was), "commit": average(e.committed for e in own),
             "turns": sum(len(e.turns) for e in own) / len(own), "sampled_final": average(solved(task, e) for e in sampled),
             "after_turn": [average(reached(e, turn) for e in own) for turn in range(cfg.eval.max_turns)],
-            "first_by_map": bits(first), "final_by_map": bits(final), "repair_fixed_by_map": bits(repaired)})
+            "first_by_map": data_prep.bits(first), "final_by_map": data_prep.bits(final), "repair_fixed_by_map": data_prep.bits(repaired)})
     bar.close()
     return rows, fixed or wrong, kept
-
-
-def bits(outcomes):
-    return "".join("01"[bool(o)] for o in outcomes)
-
-
-def paired_difference(new, old, key, samples=2000, seed=0):
-    """Mean over the out-of-distribution splits of new - old in `key`, with a 95 % bootstrap interval over maps.
-
-    Both models are resampled on the same maps, since a map's difficulty is common to both.
-    """
-    rng = np.random.default_rng(seed)
-    key += "_by_map"
-    pairs = [np.array([int(a) - int(b) for a, b in zip(x[key], y[key])]) for x, y in zip(new, old) if x["ood"] and x[key]]
-    if not pairs:
-        return None
-    draws = np.mean([d[rng.integers(len(d), size=(samples, len(d)))].mean(1) for d in pairs], 0)
-    return float(np.mean([d.mean() for d in pairs])), *map(float, np.percentile(draws, [2.5, 97.5]))
-
-
-def differences(models):
-    """{key: paired difference of the last model to the first}; models: {name: rows}."""
-    first, last = list(models.values())[0], list(models.values())[-1]
-    found = {key: paired_difference(last, first, key) for key in ("final", "first", "repair_fixed")} if first is not last else {}
-    return {key: value for key, value in found.items() if value}
 
 
 # ==================== 11. Main ========================================================================
@@ -1186,7 +1105,7 @@ def sft_model(cfg, flat, task):
     weights = Path(source_of(cfg.model)) / "model.safetensors"  # an embedded model made anew is another model
     if weights.is_file():
         decides["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-    folder = Path(cfg.runs) / f"sft-{key_of(decides)}"
+    folder = Path(cfg.runs) / f"sft-{data_prep.key_of(decides)}"
     with data_prep.lock(folder, wait=True):  # another method may be training the same SFT model: then it is ours as well
         if not (folder / "model" / "config.json").is_file():
             policy, log = load_policy(cfg.model, cfg), Log(folder, cfg.checkpoint)
@@ -1199,7 +1118,7 @@ def sft_model(cfg, flat, task):
 
 def evaluated(folder, policy, task, cfg):
     """(rows, fixed) of the SFT model, kept in its folder."""
-    file = folder / f"evaluation-{key_of(dataclasses.asdict(cfg.eval))}.json"
+    file = folder / f"evaluation-{data_prep.key_of(dataclasses.asdict(cfg.eval))}.json"
     with data_prep.lock(folder, wait=True):
         if not file.is_file():
             rows, fixed, _ = evaluate(policy, task, cfg, title="evaluate sft")
@@ -1233,17 +1152,13 @@ def train(cfg, flat, words, folder):
     models[cfg.method] = rows
     log.stage(f"evaluate {cfg.method}")
     save_policy(policy, folder / "model")
-    print("\n" + data_prep.report(folder, cfg, task, models, differences(models), data_prep.choose(task, episodes)))
+    print("\n" + data_prep.report(folder, cfg, task, models, data_prep.differences(models), data_prep.choose(task, episodes)))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def main(words):
     if any(w in ("-h", "--help", "help") for w in words):
-        print(__doc__.split("\n\n")[0] + "\n\nusage: python vrrl.py [key=value ...]\n")
-        for key, (default, allowed, sentence) in settings_table()[0].items():
-            default = ("no", "yes")[default] if isinstance(default, bool) else default
-            print(f"  {key}={default}\n      {sentence} ({shown(allowed)})")
-        return
+        return print(__doc__.split("\n\n")[0] + "\n\nusage: python vrrl.py [key=value ...]\n\n" + data_prep.settings_help())
     cfg, flat = read_config(words)
     torch.set_num_threads(cfg.threads or os.cpu_count())
     device_of(cfg), source_of(cfg.model)  # what is wrong with them is said before any work
