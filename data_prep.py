@@ -13,7 +13,7 @@ Contents
     7. Pictures for people        contact_sheet, film_strip, curves
     8. Reading settings           settings_table, check_value, nest
     9. Files of a run             write_file, Stopped, Log, lock, open_run
-   10. Report                     table, differences, report
+   10. Report                     table, differences, report, study_report
 
 A layout is a list of strings of S (start, the elf), F (frozen, safe), H (hole) and G (goal, the
 gift). Cells are (row, column), counted from the top left. `rng` is always a random.Random.
@@ -1208,10 +1208,20 @@ def lock(folder, wait=False):
     return file
 
 
+def _device():
+    """The name of the GPU, or of the CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        return re.search("model name\\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):  # not Linux
+        return platform.processor() or "CPU"
+
+
 def open_run(folder, flat):
     """Make the run's folder and write its exact settings. False if it holds these settings' finished run."""
     flat = {**flat, "threads": torch.get_num_threads()}  # another number rounds differently
-    settings = {k: v for k, v in flat.items() if k not in ("run", "runs", "data", "mode", "checkpoint")}
+    settings = {k: v for k, v in flat.items() if k not in ("run", "runs", "data", "results", "mode", "checkpoint") and not k.startswith("study.")}
     old = folder / "settings.yaml"
     if old.is_file():
         before = yaml.safe_load(old.read_text()) or {}
@@ -1223,6 +1233,7 @@ def open_run(folder, flat):
             return False
     write_file(old, yaml.safe_dump(settings, sort_keys=False))
     about = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "host": platform.node(), "machine": platform.machine(),
+             "device": _device(),
              "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
              "torch": torch.__version__, "transformers": transformers.__version__}
     file = folder / "run.json"
@@ -1304,6 +1315,126 @@ def report(folder, cfg, task, models, differences, episodes):
     return text
 
 
+RL_BASELINES = ("rl", "rl_reflect", "rtm", "rollin")
+PROBES = ("undrawn", "other_attempt", "other_image")
+
+
+def study_report(cfg, cells):
+    """results/study_<task>.json, .md and .png from the cells' own files. cells: run folders."""
+    rows, settings, made = [], {}, []
+    for folder in cells:
+        own = yaml.safe_load((folder / "settings.yaml").read_text())
+        run = json.loads((folder / "run.json").read_text())
+        minutes = sum(stage["seconds"] for stage in run["stages"].values()) / 60
+        method, seed = own["method"], own["seed"]
+        kept = [row for row in json.loads((folder / "results.json").read_text())["rows"] if row["method"] == method]
+        dev = json.loads((folder / "dev.json").read_text())
+        rows += [{**row, "dev_final": part["final"]} for row, part in zip(kept[-len(dev):], dev)]
+        settings[method] = {k: v for k, v in own.items() if k not in ("method", "seed")}
+        made.append({"method": method, "seed": seed, "minutes": round(minutes, 1),
+                     **{k: run[k] for k in ("started", "machine", "device", "cores", "threads", "python", "torch", "transformers")}})
+    shared = {k: v for k, v in settings[method].items() if all(s.get(k) == v for s in settings.values())}
+    about = {"settings": shared, "methods": {m: {k: v for k, v in s.items() if k not in shared} for m, s in settings.items()},
+             "version": code_version(), "cells": made}
+    file = Path(cfg.results) / f"study_{cfg.task}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_file(file, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    write_file(file.with_suffix(".md"), study_text(cfg) + "\n")
+    turns = lambda method, split: _mean([r["after_turn"] for r in rows if r["method"] == method and r["split"] == split])
+    panels = [(f"final accuracy after so many turns: {split}",
+               {m: (range(1, 1 + len(turns(m, split))), list(turns(m, split))) for m in settings})
+              for split in dict.fromkeys(r["split"] for r in rows)]
+    draw_curves(file.with_suffix(".png"), panels, columns=2)
+
+
+def code_version():
+    """A checksum of the program: figures of different versions are not compared."""
+    here = Path(__file__).parent
+    return checksum(b"".join((here / name).read_bytes() for name in ("vrrl.py", "data_prep.py", "config.yaml")))
+
+
+def _mean(values):
+    """Mean along the first axis of what is not None; None if nothing is left."""
+    values = [v for v in values if v is not None]
+    return np.mean(values, 0) if values else None
+
+
+def seed_difference(new, old, key, against=None, samples=2000):
+    """Mean of new - old in `key` over the given rows, with a 95 % bootstrap interval over seeds and maps; None without pairs.
+
+    new, old: rows of two methods, or of one where `against` is another key. Paired by seed, split and map; each draw takes seeds
+    with replacement and, of each seed and split, maps with replacement.
+    """
+    rng, key, against = np.random.default_rng(0), f"{key}_by_map", f"{against or key}_by_map"
+    place = {(r["seed"], r["split"]): r for r in old}
+    gaps = {}
+    for row in new:
+        other = place.get((row["seed"], row["split"]))
+        if other and row.get(key) and other.get(against):
+            gaps.setdefault(row["seed"], []).append(np.array([int(a) - int(b) for a, b in zip(row[key], other[against])]))
+    if not gaps:
+        return None
+    # (seeds, samples): the mean over splits of a resampled mean over maps
+    drawn = np.stack([np.mean([g[rng.integers(len(g), size=(samples, len(g)))].mean(1) for g in splits], 0) for splits in gaps.values()])
+    chosen = rng.integers(len(drawn), size=(samples, len(drawn)))
+    means = drawn[chosen, np.arange(samples)[:, None]].mean(1)
+    return float(np.mean([np.mean([g.mean() for g in splits]) for splits in gaps.values()])), *map(float, np.percentile(means, [2.5, 97.5]))
+
+
+def study_text(cfg):
+    """The tables of results/study_<task>.json as Markdown."""
+    file = Path(cfg.results) / f"study_{cfg.task}.json"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: python vrrl.py mode=study task={cfg.task} makes it")
+    found = json.loads(file.read_text())
+    rows, made = found["rows"], found["about"]["cells"]
+    methods = list(dict.fromkeys(r["method"] for r in rows))
+    of = lambda method, ood=True: [r for r in rows if r["method"] == method and r["ood"] == ood]
+    percent = lambda x: "-" if x is None else f"{100 * x:.1f}"
+    points = lambda d: "-" if d is None else f"{100 * d[0]:+.1f} [{100 * d[1]:+.1f}, {100 * d[2]:+.1f}]"
+    line = lambda *cells: "| " + " | ".join(map(str, cells)) + " |"
+    header = lambda *cells: [line(*cells), line(*["---"] * len(cells))]
+
+    def cell(method, ood, key):
+        """Mean over splits and seeds, in brackets the lowest and highest seed."""
+        by_seed = {}
+        for r in of(method, ood):
+            by_seed.setdefault(r["seed"], []).append(r[key])
+        by_seed = [m for values in by_seed.values() if (m := _mean(values)) is not None]
+        if not by_seed:
+            return "-"
+        return percent(np.mean(by_seed)) + (f" ({100 * min(by_seed):.0f}-{100 * max(by_seed):.0f})" if len(by_seed) > 1 else "")
+
+    seeds = lambda method: len({r["seed"] for r in of(method)} | {r["seed"] for r in of(method, False)})
+    keys = ("first", "final", "committed", "repair_own", "repair_fixed", "break", "commit", "sampled_final")
+    text = []
+    for ood, title in ((False, "In distribution"), (True, "Out of distribution, mean of its splits")):
+        text += ["", f"**{title}**", "", *header("method", "seeds", *(k.replace("_", " ") for k in keys))]
+        text += [line(m, seeds(m), *(cell(m, ood, k) for k in keys)) for m in methods]
+    splits = list(dict.fromkeys(r["split"] for r in rows))
+    text += ["", "**Final accuracy by split**", "", *header("method", *splits)]
+    text += [line(m, *(percent(_mean([r["final"] for r in rows if (r["method"], r["split"]) == (m, s)])) for s in splits)) for m in methods]
+    dev = {m: _mean([r["dev_final"] for r in of(m)]) for m in RL_BASELINES if of(m)}
+    if "vrrl" in methods and len(methods) > 1:
+        best = max(dev, key=dev.get, default=None)
+        text += ["", "**VRRL minus the other methods, out of distribution, points [95 %]**" + (f"; the best other RL method on dev is `{best}`" if best else ""),
+                 "", *header("vrrl minus", "final", "first", "repair fixed")]
+        text += [line(m + " (best other RL on dev)" * (m == best), *(points(seed_difference(of("vrrl"), of(m), k)) for k in ("final", "first", "repair_fixed")))
+                 for m in methods if m != "vrrl"]
+    if any(r.get("repair_undrawn") is not None for r in rows):
+        text += ["", "**Grounding, out of distribution: repair of the fixed wrong attempts when the feedback shows ...; true minus each, points [95 %]**", "",
+                 *header("method", "its attempt", *(p.replace("_", " ") for p in PROBES), *(f"minus {p.replace('_', ' ')}" for p in PROBES))]
+        text += [line(m, *(cell(m, True, f"repair_{p}") for p in ("fixed", *PROBES)),
+                      *(points(seed_difference(of(m), of(m), "repair_fixed", f"repair_{p}")) for p in PROBES)) for m in methods]
+    turns = max(len(r["after_turn"]) for r in rows)
+    text += ["", "**Final accuracy out of distribution after 1, 2, ... turns**", "", *header("method", *range(1, turns + 1))]
+    text += [line(m, *(percent(x) for x in _mean([r["after_turn"] for r in of(m)]))) for m in methods if of(m)]
+    device = ", ".join(sorted({f"{c['machine']} {c['device']}, {c['threads']} threads, torch {c['torch']}" for c in made}))
+    text += ["", f"{len(made)} runs, {sum(c['minutes'] for c in made):.0f} minutes in all; {device}. Test splits, {rows[0]['n']} questions each; percent; greedy unless said; "
+             "in brackets the lowest and highest seed; intervals: bootstrap over seeds and maps."]
+    return "\n".join(text).strip()
+
+
 def main(words):
     """`python data_prep.py NAME [key=value ...]`: the data folder of a task, or the embedded model."""
     import vrrl   # here, not above: vrrl imports this file, and only vrrl reads config.yaml
@@ -1312,10 +1443,12 @@ def main(words):
     torch.set_num_threads(cfg.threads or os.cpu_count())
     if name == "embedded":
         make_embedded(vrrl.HERE / cfg.model, cfg)
+    elif name == "study":
+        print(study_text(cfg))
     elif name in vrrl.TASKS:
         print(vrrl.TASKS[name](cfg).folder)
     else:
-        raise vrrl.UserError(f"'{name}' is not something to make; one of: {', '.join(vrrl.TASKS)}, embedded")
+        raise vrrl.UserError(f"'{name}' is not something to make; one of: {', '.join(vrrl.TASKS)}, embedded, study")
 
 
 if __name__ == "__main__":

@@ -1041,24 +1041,61 @@ def rl(policy, reference, task, cfg, log):
 # ==================== 10. Evaluation ==================================================================
 
 
-def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
+class Probe:
+    """A task with other feedback pictures, `picture(example, attempt)`: a correction that looks must suffer from them."""
+
+    def __init__(self, task, picture):
+        self.task, self.feedback = task, picture
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)
+
+
+def probes(task, failed):
+    """{probe: picture shown after an attempt} for `failed`, a list of (example, its wrong first attempt).
+
+    undrawn: the image without the attempt. other_attempt: the same image with an attempt on another question drawn.
+    other_image: another question's image, with its own attempt drawn.
+    """
+    after = {example["id"]: failed[n + 1 :] + failed[:n] for n, (example, _) in enumerate(failed)}  # the other questions, nearest first
+
+    def other_attempt(example, attempt):
+        others = (other for _, other in after[example["id"]])
+        other = next((o for o in others if not task.same(o, attempt) and not task.exact(example, o)), None)
+        return task.image(example) if other is None else task.feedback(example, other)
+
+    def other_image(example, attempt):
+        return task.feedback(*(after[example["id"]] or [(example, attempt)])[0])
+
+    return {"undrawn": lambda example, attempt: task.image(example), "other_attempt": other_attempt, "other_image": other_image}
+
+
+def wrong_start(policy, task, example, ids):
+    """An episode after a given first turn, and the feedback to it."""
+    start, text = begin(policy, task, example), policy.decode(ids)
+    start.replayed = [Turn(ids, [], (), *parse_turn(task, text), text)]
+    give_feedback(policy, task, start, start.replayed[0], {})
+    return start
+
+
+def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
     """Greedy play, sampled play and repair of given wrong first turns, on every split. Returns (rows, fixed, episodes).
 
     rows: a dict a split, with rates in [0, 1] (None where nothing was counted); what ends in `_by_map` is a string of
-    0 and 1, for paired tests. fixed: {split: {example id: text of the SFT model's wrong first turn}}, given for every
+    0 and 1, for paired tests. fixed: {split: {example id: token ids of the SFT model's wrong first turn}}, given for every
     model that is compared with the SFT model, which makes it: repair measured on it cannot be gained by failing first. Without
-    it the model's own wrong first turns serve.
-    episodes: the greedy ones, by split.
+    it the model's own wrong first turns serve. With cfg.eval.probes, repair of it is also measured under each of `probes`.
+    episodes: the greedy ones, by split. brief: greedy play only.
     """
     rows, wrong, kept = [], {}, {}
     splits = [f"{cfg.eval.splits}_{s}" for s in task.SPLITS]
     generator = torch.Generator(policy.device).manual_seed(cfg.seed)
-    bar = tqdm(total=3 * len(splits), desc=title, unit="pass", dynamic_ncols=True)
+    bar = tqdm(total=(1 if brief else 6 if cfg.eval.probes else 3) * len(splits), desc=title, unit="pass", dynamic_ncols=True)
 
-    def run(starts, greedy):
+    def run(starts, greedy=True, shown=task):
         episodes = []
         for at in range(0, len(starts), cfg.eval.batch):
-            episodes += play(policy, task, starts[at : at + cfg.eval.batch], 1, cfg.eval.max_turns, generator, greedy)
+            episodes += play(policy, shown, starts[at : at + cfg.eval.batch], 1, cfg.eval.max_turns, generator, greedy)
             if Stopped.asked:
                 raise Stopped
         bar.update()
@@ -1066,29 +1103,31 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
 
     for split, name in zip(splits, task.SPLITS):
         examples = task.load(split)[: cfg.eval.maps]
-        own = kept[name] = run([begin(policy, task, e) for e in examples], greedy=True)
-        sampled = run([begin(policy, task, e) for e in examples], greedy=False)
+        own = kept[name] = run([begin(policy, task, e) for e in examples])
         first, final = [solved(task, e, 0) for e in own], [solved(task, e) for e in own]
-        wrong[name] = {e.example["id"]: e.turns[0].text for e, ok in zip(own, first) if e.attempts and not ok}
-        starts = []
-        for example in examples:
-            text = (fixed or wrong)[name].get(example["id"])
-            if text is not None:
-                start = begin(policy, task, example)
-                start.replayed = [Turn([*policy.encode(text), policy.end_id], [], (), *parse_turn(task, text), text)]
-                give_feedback(policy, task, start, start.replayed[0], {})
-                starts.append(start)
-        repaired = [solved(task, e) for e in run(starts, greedy=True)] if starts else []
+        wrong[name] = {e.example["id"]: e.turns[0].ids for e, ok in zip(own, first) if e.attempts and not ok}
         reached = lambda e, turn: solved(task, e, min(turn, len(e.attempts) - 1))
-        rows.append({
+        row = {
             "split": name, "ood": name != task.SPLITS[0], "n": len(own), "first": average(first), "final": average(final),
             "committed": average(ok and e.committed for ok, e in zip(final, own)),
             "repair_own": average(ok for ok, was in zip(final, first) if not was),
-            "repair_fixed": average(repaired), "n_fixed": len(repaired),
             "break": average(not ok for ok, was in zip(final, first) if was), "commit": average(e.committed for e in own),
-            "turns": sum(len(e.turns) for e in own) / len(own), "sampled_final": average(solved(task, e) for e in sampled),
+            "turns": sum(len(e.turns) for e in own) / len(own),
             "after_turn": [average(reached(e, turn) for e in own) for turn in range(cfg.eval.max_turns)],
-            "first_by_map": data_prep.bits(first), "final_by_map": data_prep.bits(final), "repair_fixed_by_map": data_prep.bits(repaired)})
+            "first_by_map": data_prep.bits(first), "final_by_map": data_prep.bits(final)}
+        rows.append(row)
+        if brief:
+            continue
+        row["sampled_final"] = average(solved(task, e) for e in run([begin(policy, task, e) for e in examples], greedy=False))
+        given = (fixed or wrong)[name]
+        failed = [e for e in examples if e["id"] in given]
+        shown = {"fixed": task}
+        if cfg.eval.probes:
+            attempts = [wrong_start(policy, task, e, given[e["id"]]).attempts[0] for e in failed]
+            shown |= {probe: Probe(task, picture) for probe, picture in probes(task, list(zip(failed, attempts))).items()}
+        for probe, view in shown.items():
+            repaired = [solved(task, e) for e in run([wrong_start(policy, view, e, given[e["id"]]) for e in failed], shown=view)]
+            row |= {f"repair_{probe}": average(repaired), f"repair_{probe}_by_map": data_prep.bits(repaired), "n_fixed": len(repaired)}
     bar.close()
     return rows, fixed or wrong, kept
 
@@ -1096,7 +1135,7 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
 # ==================== 11. Main ========================================================================
 
 
-APART_FROM_SFT = ("method", "profile", "mode", "run", "runs", "data", "checkpoint", "see", "rl", "reward", "buffer", "eval")
+APART_FROM_SFT = ("method", "profile", "mode", "run", "runs", "data", "results", "checkpoint", "see", "rl", "reward", "buffer", "eval", "study")
 
 
 def sft_model(cfg, flat, task):
@@ -1156,12 +1195,32 @@ def train(cfg, flat, words, folder):
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
+def study(cfg, words):
+    """Every method with every seed, each a run that is skipped once it is done; then tables and a figure from the runs' own files."""
+    methods, cells = ("sft", "sft_long", *data_prep.RL_BASELINES, "vrrl"), []
+    for seed, method in itertools.product(range(cfg.study.seeds), methods):  # all methods of a seed start from one SFT model
+        run = cfg.run or f"study-{cfg.task}"
+        cell = [*words, "mode=train", f"method={method}", f"seed={seed}", "eval.probes=yes", f"run={run}/{method}-seed{seed}"]
+        folder = Path(cfg.runs) / run / f"{method}-seed{seed}"
+        print(f"== {method}, seed {seed}: {seed * len(methods) + methods.index(method) + 1} of {cfg.study.seeds * len(methods)}", file=sys.stderr)
+        main(cell)  # prints its table and does nothing else if it is done; complains if that had other settings
+        if not (folder / "dev.json").is_file():  # "the best other RL method" is chosen on dev
+            dev, _ = read_config([*cell, "eval.splits=dev"])
+            rows, _, _ = evaluate(load_policy(folder / "model", dev), TASKS[dev.task](dev), dev, title="dev", brief=True)
+            write_file(folder / "dev.json", json.dumps(rows) + "\n")
+        cells.append(folder)
+        data_prep.study_report(cfg, cells)
+    print(data_prep.study_text(cfg))
+
+
 def main(words):
     if any(w in ("-h", "--help", "help") for w in words):
         return print(__doc__.split("\n\n")[0] + "\n\nusage: python vrrl.py [key=value ...]\n\n" + data_prep.settings_help())
     cfg, flat = read_config(words)
     torch.set_num_threads(cfg.threads or os.cpu_count())
     device_of(cfg), source_of(cfg.model)  # what is wrong with them is said before any work
+    if cfg.mode == "study":
+        return study(cfg, words)
     if cfg.mode == "train":
         profile = "" if cfg.profile == "default" else "-" + cfg.profile
         folder = Path(cfg.runs) / (cfg.run or f"{cfg.task}-{cfg.method}-seed{cfg.seed}{profile}")
