@@ -1191,6 +1191,107 @@ def test_curves_of_a_step_without_fresh_episodes_are_drawn(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+# ---------------------------------------------------------------- the study
+
+
+def test_probes_show_what_they_say_instead_of_the_true_feedback(task):
+    failed = [(e, ("up",) * n) for n, e in enumerate(task.load("test_id")[:3], 1)]
+    shown = vrrl.probes(task, failed)
+    same = lambda a, b: a.size == b.size and a.tobytes() == b.tobytes()
+    for (example, attempt), (after, other) in zip(failed, failed[1:] + failed[:1]):
+        assert same(shown["undrawn"](example, attempt), task.image(example))
+        assert same(shown["other_attempt"](example, attempt), task.feedback(example, other))
+        assert same(shown["other_image"](example, attempt), task.feedback(after, other))
+    alone = vrrl.probes(task, failed[:1])
+    assert same(alone["other_attempt"](*failed[0]), task.image(failed[0][0]))
+    view = vrrl.Probe(task, shown["undrawn"])
+    assert same(view.feedback(*failed[0]), task.image(failed[0][0])) and view.SPLITS == task.SPLITS and view.parse("up") == ("up",)
+
+
+def test_a_probe_changes_only_the_pictures_of_the_feedback(policy, task):
+    example, ids = task.load("test_id")[0], [*policy.encode(answer("up up")), policy.end_id]
+    true = vrrl.wrong_start(policy, task, example, ids)
+    shown = vrrl.wrong_start(policy, vrrl.Probe(task, lambda e, a: task.image(e)), example, ids)
+    assert true.opening == shown.opening and true.replayed[0].attempt == ("up", "up")
+    assert np.array_equal(shown.replayed[0].picture.pixels, np.asarray(task.image(example)))
+    assert not np.array_equal(true.replayed[0].picture.pixels, shown.replayed[0].picture.pixels)
+
+
+def test_repair_under_the_probes_is_what_play_with_their_pictures_gives(policy, task, home, monkeypatch):
+    """A stand-in repairs exactly where the picture before it is the true one."""
+    cfg = settings(home, "eval.maps=4", "eval.probes=yes")
+
+    def script(policy, view, starts, samples, max_turns, generator, greedy=False, training=False):
+        episodes = []
+        for s in starts:
+            path = " ".join(data_prep.sample_shortest_path(s.example["layout"], random.Random(0)))
+            looks = s.replayed and np.array_equal(s.replayed[0].picture.pixels, np.asarray(task.feedback(s.example, s.replayed[0].attempt)))
+            texts = [revise(path), final(path)] if looks else [revise("down up down up"), final("down up down up")] if s.replayed else [answer([*MOVES][len(episodes) % 4])]
+            episodes.append(dataclasses.replace(s, turns=scripted(policy, task, s.example, *texts).turns))
+        return episodes
+
+    monkeypatch.setattr(vrrl, "play", script)
+    for row in vrrl.evaluate(policy, task, cfg)[0]:
+        assert row["repair_fixed"] == 1 and row["n_fixed"] > 1, row
+        assert [row[f"repair_{p}"] for p in data_prep.PROBES] == [0, 0, 0]
+
+
+def cells(**differences):
+    """Rows of a made-up study: {method: string of outcomes}, the same in two seeds and out-of-distribution splits."""
+    return {m: [{"method": m, "seed": s, "split": n, "ood": n != "id", "final_by_map": bits} for s in (0, 1) for n in ("id", "size", "both")]
+            for m, bits in differences.items()}
+
+
+def test_differences_of_a_study_are_paired_by_seed_and_map():
+    rows = cells(new="1100" * 25, old="0100" * 25, flat="1111" * 25)
+    middle, low, high = data_prep.seed_difference(rows["new"], rows["old"], "final")
+    assert middle == pytest.approx(0.25) and 0.15 < low < 0.25 < high < 0.35
+    assert data_prep.seed_difference(rows["new"], rows["new"], "final") == (0, 0, 0)
+    only_seed_1 = [r for r in rows["old"] if r["seed"] == 1]
+    assert data_prep.seed_difference([r for r in rows["new"] if r["seed"] == 0], only_seed_1, "final") is None, "other seeds are no pairs"
+    rows["old"][4]["final_by_map"] = "1100" * 25  # seed 1 of `size`: now the seeds differ, and the interval is wider
+    assert np.subtract(*data_prep.seed_difference(rows["new"], rows["old"], "final")[:0:-1]) > high - low
+
+
+@pytest.fixture(scope="session")
+def studied(home, taught):
+    words = ["mode=study", "profile=smoke", "study.seeds=1", "threads=1", "policy.dtype=float32", f"data={home / 'data'}", f"runs={home / 'study'}",
+             f"results={home / 'results'}", f"model={home / 'data' / 'random-model'}", "eval.maps=2", "eval.max_turns=2", "rl.steps=1", "sft.first_steps=1", "sft.steps=1"]
+    vrrl.main(words)
+    return words, home / "results"
+
+
+def test_a_study_holds_every_method_and_split_and_how_it_was_made(studied, task):
+    words, results = studied
+    found = json.loads((results / "study_navigation.json").read_text())
+    methods = list(data_prep.settings_table()[1]["methods"])
+    assert [(r["method"], r["split"]) for r in found["rows"]] == [(m, s) for m in methods for s in task.SPLITS]
+    needed = {"task", "method", "seed", "split", "ood", "n", "first", "final", "repair_own", "repair_fixed", "break", "commit", "turns", "dev_final", "after_turn"}
+    assert all(needed <= set(row) for row in found["rows"]) and found["about"]["settings"]["rl.steps"] is not None
+    assert [c["method"] for c in found["about"]["cells"]] == methods and found["about"]["methods"]["rl"]["reward.reflection"] is False
+    text = (results / "study_navigation.md").read_text()
+    assert all(f"| {m} |" in text for m in methods) and (results / "study_navigation.png").stat().st_size > 1000
+
+
+def test_a_study_skips_what_is_done_and_says_so_where_settings_differ(studied, monkeypatch):
+    words, results = studied
+    before = (results / "study_navigation.json").read_text()
+    for function in ("rl", "sft", "evaluate"):
+        monkeypatch.setattr(vrrl, function, None)  # calling it would fail
+    vrrl.main(words)
+    assert (results / "study_navigation.json").read_text() == before
+    with pytest.raises(vrrl.UserError, match="other settings"):
+        vrrl.main([*words, "rl.lr=1e-5"])
+
+
+def test_tables_of_a_study_come_from_its_file_alone(studied, capsys):
+    words, results = studied
+    capsys.readouterr()
+    data_prep.main(["study", f"results={results}"])
+    assert capsys.readouterr().out.strip() == (results / "study_navigation.md").read_text().strip()
+    assert "mode=study task=navigation makes it" in fails(capsys, ["study", "results=nowhere"], data_prep.main)
+
+
 # ---------------------------------------------------------------- the command line
 
 
