@@ -1289,7 +1289,8 @@ def test_tables_of_a_study_come_from_its_file_alone(studied, capsys):
     capsys.readouterr()
     data_prep.main(["study", f"results={results}"])
     assert capsys.readouterr().out.strip() == (results / "study_navigation.md").read_text().strip()
-    assert "mode=study task=navigation makes it" in fails(capsys, ["study", "results=nowhere"], data_prep.main)
+    with pytest.raises(vrrl.UserError, match="mode=study task=navigation makes it"):
+        data_prep.main(["study", "results=nowhere"])
 
 
 # ---------------------------------------------------------------- the command line
