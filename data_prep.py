@@ -968,7 +968,7 @@ def film_strip(path, task, episodes, title):
         if attempts and last is not attempts[-1]:
             captions[-1] += "  then " + tidy(last.text)
         drawn = [task.feedback(episode.example, t.attempt) for t in attempts]
-        verdicts = [("wrong", "right")[task.exact(episode.example, t.attempt)] for t in attempts]
+        verdicts = [{None: "", False: "wrong", True: "right"}[task.exact(episode.example, t.attempt)] for t in attempts]
         rows.append({"label": episode.example["id"], "images": [task.image(episode.example), *drawn],
                      "captions": [task.question(episode.example)[0], *captions], "verdicts": ["", *verdicts]})
     draw_strip(path, rows, title)
@@ -1266,6 +1266,8 @@ def table(models):
             cells[1] += f" [{100 * low:.0f}, {100 * high:.0f}]"
             lines.append(line(name, row["split"] + " (ood)" * row["ood"], row["n"], *cells, f"{row['turns']:.1f}"))
         ood = [row for row in rows if row["ood"]]
+        if not ood:
+            continue
         means = [np.mean(found) if (found := [row[c] for row in ood if row[c] is not None]) else None for c in columns]
         lines.append(line(name, "**mean ood**", sum(row["n"] for row in ood), *(f"**{percent(m)}**" for m in means),
                           f"{np.mean([row['turns'] for row in ood]):.1f}"))
