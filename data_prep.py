@@ -8,12 +8,13 @@ Contents
     2. The rules of the lake      shortest_distances, walk, progress
     3. Random maps and mistakes   random_layout, sample_shortest_path, corrupt
     4. Reading files              read_manifest, check_layout, load_image
-    5. Making the data            make_navigation
-    6. The embedded model         build_embedded, see_talk, make_embedded
-    7. Pictures for people        contact_sheet, film_strip, curves
-    8. Reading settings           settings_table, check_value, nest
-    9. Files of a run             write_file, Stopped, Log, lock, open_run
-   10. Report                     table, differences, report, study_report
+    5. Making the data            make_folder, make_navigation
+    6. Tables and charts          table_figure, chart_figure, draw_point, make_figures, own_points
+    7. The embedded model         build_embedded, see_talk, point_talk, make_embedded
+    8. Pictures for people        contact_sheet, film_strip, curves
+    9. Reading settings           settings_table, check_value, nest
+   10. Files of a run             write_file, Stopped, Log, lock, open_run
+   11. Report                     table, differences, report, study_report
 
 A layout is a list of strings of S (start, the elf), F (frozen, safe), H (hole) and G (goal, the
 gift). Cells are (row, column), counted from the top left. `rng` is always a random.Random.
@@ -100,6 +101,13 @@ LOOKS = {
 MIXES = tuple(f"mix{n:02d}" for n in range(40))   # random looks, for training
 
 
+def far_colour(rng, used):
+    """A random colour, the farthest of a few from those in `used`, to which it is added."""
+    options = [tuple(rng.randrange(256) for _ in range(3)) for _ in range(8)]
+    used.append(max(options, key=lambda c: min((math.dist(c, u) for u in used), default=0)))
+    return used[-1]
+
+
 @functools.lru_cache(maxsize=256)
 def look_of(name):
     """The Look of this name: a row of LOOKS, or for one of MIXES random colours that its name decides.
@@ -111,13 +119,7 @@ def look_of(name):
     if name not in MIXES:
         raise UserError(f"unknown look {name!r}")
     rng, used = random.Random(name), []
-
-    def colour():
-        """A random colour, the farthest of a few from those that this look already has."""
-        options = [tuple(rng.randrange(256) for _ in range(3)) for _ in range(8)]
-        used.append(max(options, key=lambda c: min((math.dist(c, u) for u in used), default=0)))
-        return used[-1]
-
+    colour = lambda: far_colour(rng, used)
     ground, hole, path, alert = colour(), colour(), colour(), colour()
     near = lambda c, by: tuple(max(0, min(255, x + by)) for x in c)
     return Look(ground, near(ground, -30), hole, near(hole, -40), rng.choice(("disc", "square")), colour(), colour(),
@@ -418,10 +420,10 @@ def check_layout(layout):
         raise UserError("layout has no way from S to G")
 
 
-def read_manifest(path, check=lambda record: None):
-    """The records of a JSONL file, unchanged. Image paths are relative to the file's folder.
+def read_manifest(path, check=lambda record: None, ids=True):
+    """The records of a JSONL file. Image paths are relative to the file's folder.
 
-    check: a task's own look at a record. Raises UserError, "file:line: reason", for the first line that is not a usable record.
+    check: a task's own look at a record. ids: whether each line must bring its own; otherwise one without gets its line number. Raises UserError, "file:line: reason", for the first line that is not a usable record.
     """
     path = Path(path)
     try:
@@ -432,7 +434,7 @@ def read_manifest(path, check=lambda record: None):
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                records.append(_check_record(line, folder, seen))
+                records.append(_check_record(line, folder, seen, None if ids else f"line-{number}"))
                 check(records[-1])
             except UserError as error:
                 raise UserError(f"{path}:{number}: {error}") from None
@@ -441,13 +443,15 @@ def read_manifest(path, check=lambda record: None):
     return records
 
 
-def _check_record(line, folder, seen):
+def _check_record(line, folder, seen, name=None):
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         raise UserError("not JSON") from None
     if not isinstance(record, dict):
         raise UserError("not a JSON object")
+    if name and "id" not in record:
+        record["id"] = name
     for key in ("id", "image"):
         if not isinstance(record.get(key), str) or not record[key]:
             raise UserError(f'"{key}" is missing or not a text')
@@ -487,29 +491,35 @@ def load_image(path):
 
 # ---------------------------------------------------------------- 5. making the data
 
-def _sft_turns(layout, path, wrongs):
-    """An example episode: each wrong attempt is drawn, judged in one word, and replaced.
+def sft_turns(answers, thoughts):
+    """An example episode: each wrong attempt is drawn, judged in a word, and replaced.
 
-    "loss" says what is trained: True all, False nothing, "think" the judgement only. Wrong answers
-    are context: the model learns to leave them, not to make them.
+    answers: texts of the attempts, the right one last; thoughts: a judgement of each wrong one. "loss" says what is
+    trained: True all, False nothing, "think" the judgement only. Wrong answers are context: the model learns to leave
+    them, not to make them.
     """
-    answers = [" ".join(moves) for moves in (*wrongs, path)]
-    turns = [{"text": f"<ANSWER>{answers[0]}</ANSWER>", "loss": not wrongs}]
-    for i, wrong in enumerate(wrongs):
-        text = f"<THINK>{walk(layout, wrong)[0]}</THINK><ANSWER>{answers[i + 1]}</ANSWER>"
-        turns.append({"text": text, "loss": True if i + 1 == len(wrongs) else "think"})
+    turns = [{"text": f"<ANSWER>{answers[0]}</ANSWER>", "loss": not thoughts}]
+    for i, thought in enumerate(thoughts, 1):
+        text = f"<THINK>{thought}</THINK><ANSWER>{answers[i]}</ANSWER>"
+        turns.append({"text": text, "loss": True if i == len(thoughts) else "think"})
     return turns + [{"text": f"<FINAL>{answers[-1]}</FINAL>", "loss": True}]
+
+
+def _wrong_count(index, rng):
+    """How many wrong attempts the SFT trace of this index shows: none in half of them, or 1 to 4."""
+    return 0 if index % 2 == 0 else rng.choices((1, 2, 3, 4), (4, 3, 2, 1))[0]
 
 
 def _sft_record(index, record, rng):
     layout, wrongs = record["layout"], []
     path = sample_shortest_path(layout, rng)
-    count = 0 if index % 2 == 0 else rng.choices((1, 2, 3, 4), (4, 3, 2, 1))[0]
+    count = _wrong_count(index, rng)
     while len(wrongs) < count:
         wrong = corrupt(layout, path, rng)
         if wrong not in wrongs:
             wrongs.append(wrong)
-    return {**record, "id": f"sft-{index:04d}", "turns": _sft_turns(layout, path, wrongs)}
+    answers = [" ".join(moves) for moves in (*wrongs, path)]
+    return {**record, "id": f"sft-{index:04d}", "turns": sft_turns(answers, [walk(layout, wrong)[0] for wrong in wrongs])}
 
 
 def _plan(train_maps, test_maps, dev_maps):
@@ -527,8 +537,8 @@ def _plan(train_maps, test_maps, dev_maps):
     return plan
 
 
-def _draw_records(split, wanted, rng, taken):
-    """Records of one split. `taken` holds the layouts of all splits so far, and grows."""
+def _draw_records(split, wanted, rng, taken, cell):
+    """(record, image) of each map of a split. `taken` holds the layouts of all splits so far, and grows."""
     records = []
     for size, look in wanted:
         for _ in range(1000):
@@ -541,63 +551,72 @@ def _draw_records(split, wanted, rng, taken):
         records.append((layout, look))
     if split == "train":
         rng.shuffle(records)   # sizes mixed; the first ones also serve as SFT examples
-    return [{"id": f"{split}-{i:04d}", "image": f"images/{split}-{i:04d}.png", "layout": layout,
-             "look": look} for i, (layout, look) in enumerate(records)]
+    for i, (layout, look) in enumerate(records):
+        record = {"id": f"{split}-{i:04d}", "image": f"images/{split}-{i:04d}.png", "layout": layout, "look": look}
+        yield record, draw_grid(layout, look, cell)
 
 
 def make_navigation(folder, *, seed, train_maps, sft_traces, test_maps, dev_maps,
                     cell=CELL, progress=True):
     """Write all navigation splits, previews and data.json into `folder`, unless it is there.
 
-    No layout is in two test, dev or train files; SFT uses training maps. The same settings give
-    the same bytes. The folder appears whole at the end or not at all.
+    No layout is in two test, dev or train files; SFT uses training maps.
+    """
+    if sft_traces > train_maps:
+        raise UserError(f"{sft_traces} SFT traces need as many training maps, not {train_maps}")
+    settings = {"seed": seed, "train_maps": train_maps, "sft_traces": sft_traces,
+                "test_maps": test_maps, "dev_maps": dev_maps, "cell": cell}
+    draw = lambda split, wanted, rng, taken: _draw_records(split, wanted, rng, taken, cell)
+    make_folder(folder, "navigation", settings, _plan(train_maps, test_maps, dev_maps), draw, _sft_record, _preview, progress)
+
+
+def make_folder(folder, task, settings, plan, draw, trace, preview, show):
+    """Write a data folder: images, <split>.jsonl, preview_<split>.png and data.json. It appears whole at the end or not at all.
+
+    plan: {split: what to draw}. draw(split, wanted, rng, taken) yields (record, image), `taken` being a set that all splits
+    share; trace(index, record, rng) makes an SFT record of a training record; preview(folder, record) gives (picture,
+    caption). The same settings give the same bytes.
     """
     folder = Path(folder)
     if (folder / "data.json").is_file():
         return
     if folder.exists():
         raise UserError(f"{folder}: has no data.json; remove it or choose another folder with data=")
-    if sft_traces > train_maps:
-        raise UserError(f"{sft_traces} SFT traces need as many training maps, not {train_maps}")
     building = folder.with_name(f"{folder.name}.tmp")
-    settings = {"seed": seed, "train_maps": train_maps, "sft_traces": sft_traces,
-                "test_maps": test_maps, "dev_maps": dev_maps, "cell": cell}
     with lock(folder.parent, wait=True):   # another process may be making the same data
         if folder.exists():
             return
         shutil.rmtree(building, ignore_errors=True)   # left by a process that was killed
         try:
             (building / "images").mkdir(parents=True)
-            _fill_folder(building, settings, show=progress)
+            _fill_folder(building, task, settings, plan, draw, trace, preview, show)
             os.sync()   # thousands of pictures: all at once
             os.replace(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)   # nothing is left of it after a success
 
 
-def _fill_folder(folder, settings, show):
+def _fill_folder(folder, task, settings, plan, draw, trace, preview, show):
     seed, taken, splits = settings["seed"], set(), {}
-    plan = _plan(settings["train_maps"], settings["test_maps"], settings["dev_maps"])
-    with tqdm(total=sum(map(len, plan.values())), desc="maps", unit="map", disable=not show) as bar:
+    with tqdm(total=sum(map(len, plan.values())), desc=task, unit="picture", disable=not show) as bar:
         for split, wanted in plan.items():
-            splits[split] = _draw_records(split, wanted, random.Random(f"{seed} {split}"), taken)
-            for record in splits[split]:
-                image = draw_grid(record["layout"], record["look"], settings["cell"])
+            splits[split] = []
+            for record, image in draw(split, wanted, random.Random(f"{seed} {split}"), taken):
                 image.save(folder / record["image"], compress_level=1)
+                splits[split].append(record)
                 bar.update()
     order, rng = list(splits["train"]), random.Random(f"{seed} sft")
     rng.shuffle(order)
-    splits["sft"] = [_sft_record(i, record, rng)
-                     for i, record in enumerate(order[:settings["sft_traces"]])]
+    splits["sft"] = [trace(i, record, rng) for i, record in enumerate(order[:settings["sft_traces"]])]
     sums = {}
     for split, records in splits.items():
         content = "".join(json.dumps(record) + "\n" for record in records).encode()
         sums[f"{split}.jsonl"] = hashlib.sha256(content).hexdigest()
         _write_safely(folder / f"{split}.jsonl", content)
-        items = [_preview(folder, record) for record in records[:12]]
+        items = [preview(folder, record) for record in records[:12]]
         if items:
-            contact_sheet(folder / f"preview_{split}.png", items)
-    about = {"task": "navigation", "settings": settings, "sha256": sums,
+            contact_sheet(folder / f"preview_{split}.png", items, zoom=3 if items[0][0].width < 300 else 1)
+    about = {"task": task, "settings": settings, "sha256": sums,
              "counts": {split: len(records) for split, records in splits.items()}}
     _write_safely(folder / "data.json", (json.dumps(about, indent=2) + "\n").encode())
 
@@ -620,14 +639,485 @@ def _preview(folder, record):
     return image, caption
 
 
-# ---------------------------------------------------------------- 6. the embedded model
+# ---------------------------------------------------------------- 6. tables and charts
+# Pictures to point at. `embedded`: few large visual tokens and no words, for the small model, where colours mark what is asked
+# for. `text`: words and numbers, 400 to 900 pixels along the longer side, for real VLMs. A box is [x0, y0, x1, y1] in pixels, half open:
+# exactly the pixels of the target's fill.
+
+POINTS = 20   # coordinates of the embedded model run from 0 to 20 along each side
+
+
+@dataclass(frozen=True)
+class Style:
+    """Colours (R, G, B) and build of tables and charts; None: drawn anew for each picture."""
+    page: tuple
+    ink: tuple
+    head: tuple        # header cells
+    column: tuple      # the marked column header, and the marked bar
+    row: tuple         # the marked row header
+    bar: tuple
+    rules: str = None  # grid, rows or none
+    zebra: bool = None
+    mirrored: bool = False   # a table's row headers are at the right
+    chart: str = "bars"      # bars, sideways or points
+    bitmap: bool = False     # Pillow's bitmap font
+
+
+# Training sees "paper" and the random MIXES. The others ask whether a skill survives a change of picture: other colours,
+# row headers at the other side, charts of a type never trained on.
+STYLES = {
+    "paper": Style((252, 252, 250), (60, 60, 66), (206, 216, 228), (220, 50, 47), (38, 110, 220), (120, 160, 150)),
+    "slate": Style((34, 40, 52), (200, 206, 216), (66, 78, 100), (250, 210, 70), (80, 220, 160), (120, 130, 190),
+                   "none", True, True, "sideways"),
+    "sand": Style((240, 222, 184), (96, 64, 40), (206, 176, 128), (20, 120, 120), (150, 30, 120), (170, 110, 70),
+                  "rows", False, False, "points"),
+    "print": Style((255, 255, 255), (0, 0, 0), (225, 225, 225), (20, 20, 20), (120, 120, 120), (180, 180, 180),
+                   "grid", False, True, "sideways", True),
+}
+
+
+@functools.lru_cache(maxsize=256)
+def style_of(name):
+    """The Style of this name: a row of STYLES, or for one of MIXES random colours that its name decides."""
+    if name in STYLES:
+        return STYLES[name]
+    if name not in MIXES:
+        raise UserError(f"unknown look {name!r}")
+    rng, used = random.Random(f"style {name}"), []
+    page, column, row, head, bar = (far_colour(rng, used) for _ in range(5))
+    return Style(page, _ink_on(page), head, column, row, bar)
+
+
+def _ink_on(colour):
+    """Black or white: what is legible on a colour."""
+    return (20, 20, 20) if 299 * colour[0] + 587 * colour[1] + 114 * colour[2] > 128_000 else (240, 240, 240)
+
+
+def _near(colour, by=22):
+    return tuple(max(0, c - by) if sum(colour) > 384 else min(255, c + by) for c in colour)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A picture with a question about it.
+
+    paint(fill=None) draws it, with the target filled in another colour if one is given. near: boxes of what may be mistaken
+    for the target. columns, rows: pixels of the centres along each side; ends: pixels of the bars' upper, or right, ends.
+    """
+    paint: object
+    question: str
+    box: tuple
+    near: tuple
+    columns: tuple = ()
+    rows: tuple = ()
+    ends: tuple = ()
+
+
+def _font_of(style, size):
+    return ImageFont.load_default_imagefont() if style.bitmap else _font(size)
+
+
+def _write(draw, text, font, box, fill, align=0.5):
+    """Text inside a box: in its middle, or with align 0 and 1 at its left and right. Half a pixel is rounded down."""
+    x0, y0, x1, y1 = font.getbbox(text)
+    x = box[0] + int((box[2] - box[0] - (x1 - x0)) * align) - x0
+    draw.text((x, (box[1] + box[3] - y0 - y1) // 2), text, fill=fill, font=font)
+
+
+def _block(draw, box, fill):
+    """Fill a half-open box."""
+    draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=fill)
+
+
+CITIES = """Oslo Lima Cairo Turin Quito Perth Dakar Minsk Osaka Porto Accra Delhi Sofia Haifa Lyon Basel Bergen Tunis Hanoi
+            Miami""".split()
+MONTHS = "January February March April May June July August September October November December".split()
+GOODS = "Tea Coffee Juice Milk Water Cocoa Soup Bread Rice Beans Apples Plums Cheese Honey Salt Eggs Flour Figs".split()
+NAMES = "north south east west online stores".split()   # of a chart's series
+
+
+def table_figure(rng, size, look, kind):
+    """A table of size (rows, columns), without the headers; the target is one of its cells.
+
+    embedded: one column header and one row header are marked by colour, and so are a few body cells that mean nothing.
+    text: the question names the headers.
+    """
+    (rows, columns), style, text = size, style_of(look), kind == "text"
+    rules = style.rules or rng.choice(("grid", "rows", "none"))
+    zebra = rng.random() < 0.5 if style.zebra is None else style.zebra
+    head = columns if style.mirrored else 0   # where the row headers are
+    body = [c for c in range(columns + 1) if c != head]
+    row, column = rng.randint(1, rows), rng.choice(body)
+    if text:
+        font = _font_of(style, rng.randint(14, 20) if columns < 8 else rng.randint(12, 14))
+        labels = {(r, head): name for r, name in enumerate(rng.sample(CITIES, rows), 1)}
+        labels |= {(0, c): name for c, name in zip(body, rng.sample(MONTHS, columns))}
+        for c in body:
+            form, most = rng.choice(("{:.0f}", "{:.1f}", "{:,.0f}")), 10 ** rng.randint(2, 4)
+            labels |= {(r, c): form.format(rng.uniform(0, most)) for r in range(1, rows + 1)}
+        need = [max(math.ceil(font.getlength(labels.get((r, c), ""))) for r in range(rows + 1)) for c in range(columns + 1)]
+        spare = max(400, min(880, sum(need) + (columns + 1) * rng.randint(16, 60))) - sum(need)
+        widths = [n + spare // (columns + 1) + rng.randint(-2, 2) for n in need]
+        heights = [font.getbbox("Ag")[3] + rng.randint(10, 20)] * (rows + 1)
+        align = rng.choice((0.5, 0.9))
+        question = f"Point at the cell in row '{labels[row, head]}' and column '{labels[0, column]}'."
+    else:
+        heights, widths = [CELL] * (rows + 1), [1]
+        while sum(widths) % CELL:   # the whole picture is whole visual tokens
+            widths = [rng.choice((16, 20, 24, 28, 32)) for _ in range(columns + 1)]
+        dashes = {(r, c): (rng.randint(2, 4), rng.randint(6, 10)) for r in range(1, rows + 1) for c in body}
+        question = "find the cell"
+    marks = {(0, column): style.column, (row, head): style.row}
+    if not text:
+        for cell in rng.sample([(r, c) for r in range(1, rows + 1) for c in body if (r, c) != (row, column)], rng.randint(0, 3)):
+            marks[cell] = rng.choice((style.column, style.row))
+    xs, ys = ([sum(part[:i]) for i in range(len(part) + 1)] for part in (widths, heights))
+    place = lambda r, c: (xs[c] + (rules == "grid"), ys[r] + (rules != "none"), xs[c + 1], ys[r + 1])   # a cell without its rules
+
+    def paint(fill=None):
+        image = Image.new("RGB", (xs[-1], ys[-1]), _near(style.page, 70))   # shows through as rules
+        draw = ImageDraw.Draw(image)
+        for r in range(rows + 1):
+            for c in range(columns + 1):
+                colour = style.head if r == 0 or c == head else _near(style.page) if zebra and r % 2 else style.page
+                if not text:
+                    colour = marks.get((r, c), colour)
+                if fill and (r, c) == (row, column):
+                    colour = fill
+                box = place(r, c)
+                _block(draw, box, colour)
+                if text:
+                    _write(draw, labels.get((r, c), ""), font, box, _ink_on(colour), 0.1 if c == head else align)
+                elif (r, c) in dashes:   # what stands in a cell
+                    at, long = dashes[r, c]
+                    _block(draw, (xs[c] + at, ys[r] + 8, xs[c] + at + long, ys[r] + 10), style.ink)
+        return image
+
+    inside = [(r, c) for r in range(1, rows + 1) for c in body if (r, c) != (row, column)]
+    inside.sort(key=lambda cell: ((cell[0] != row) + (cell[1] != column), math.dist(cell, (row, column))))
+    near = [place(*cell) for cell in inside[:4]] + [place(0, column), place(row, head)]
+    middle = lambda edges, index: (edges[index] + edges[index + 1]) / 2
+    return Figure(paint, question, place(row, column), tuple(near), tuple(middle(xs, c) for c in body),
+                  tuple(middle(ys, r) for r in range(1, rows + 1)))
+
+
+def _heights(rng, count, most, gap):
+    """So many lengths in pixels; the longest and the shortest are so by `gap` pixels at least, and often by little more."""
+    while True:
+        found = [rng.randint(most // 8 + 4, most) for _ in range(count)]
+        if rng.random() < 0.6:   # close rivals: a glance is not enough
+            one, other = rng.sample(range(count), 2)
+            found[other] = min(most, max(most // 8 + 4, found[one] + rng.choice((-1, 1)) * rng.randint(gap, 3 * gap)))
+        order = sorted(found)
+        if order[1] - order[0] >= gap and order[-1] - order[-2] >= gap:
+            return found
+
+
+def chart_figure(rng, size, look, kind):
+    """A chart of `size` categories: upright bars, bars that lie (`sideways`), or points joined by a line; the target is one of them.
+
+    embedded: the question asks for the tallest, the shortest, or the one in the colour of the marks. text: it may name a
+    category, and with several series the series; axes have ticks, and there may be a legend and value labels.
+    """
+    style, text = style_of(look), kind == "text"
+    lying, dots, count = style.chart == "sideways", style.chart == "points", 1
+    if text:
+        font, count = _font_of(style, rng.randint(12, 15)), rng.choice((2, 3)) if dots else rng.choice((1, 1, 2))
+        year, names, series = rng.randint(1990, 2010), rng.sample(GOODS, size), rng.sample(NAMES, count)
+        names = [str(year + i) for i in range(size)] if dots else names
+        before, after, base, top = 84 if lying else 60, 20, 64 if lying else 44, 84
+        slot = rng.randint(max(34, 360 // size), 480 // size) if lying else rng.randint(max(52, 360 // size), 780 // size)
+        most, gap, radius = rng.randint(260, 420), 5, rng.randint(5, 8)
+        thick = max(8, round(slot * rng.uniform(0.5, 0.8) / count))
+        unit = rng.choice((1, 2, 5, 10, 20)) / 100   # the value of a pixel
+    else:
+        slot, before, after, base, top, gap, radius, thick = CELL, CELL, 0, 8, 4, 3, 4, 10
+        most = rng.choice((64, 80, 96)) - base - top
+    across = before + slot * size + after       # along the categories, pixels
+    along = base + most + top                   # along the values
+    width, height = (along, across) if lying else (across, along)
+    while True:   # points of two series must not hide each other
+        values = [_heights(rng, size, most, gap) for _ in range(count)]
+        if not dots or all(abs(a - b) > 2 * radius + 2 for column in zip(*values) for n, a in enumerate(column) for b in column[:n]):
+            break
+
+    def place(s, i):
+        """Box of the bar or point of series s in category i."""
+        value = values[s][i]
+        if dots:
+            x, y = before + i * slot + slot // 2, height - base - value
+            return x - radius, y - radius, x + radius + 1, y + radius + 1
+        at = before + i * slot + (slot - thick * count) // 2 + s * thick
+        if lying:
+            return base, at, base + value, at + thick
+        return at, height - base - value, at + thick, height - base
+
+    marked = rng.randrange(size)
+    flat = [(s, i) for s in range(count) for i in range(size)]
+    value = lambda place: values[place[0]][place[1]]
+    ask = rng.choice(("tallest", "shortest", "marked") if not text else ("name",) if count > 1 else ("tallest", "shortest", "name", "name"))
+    if ask in ("tallest", "shortest"):
+        target = (max if ask == "tallest" else min)(flat, key=value)
+        rivals = sorted(flat, key=value, reverse=ask == "tallest")
+    else:
+        target = rng.choice(flat) if text else (0, marked)
+        rivals = sorted(flat, key=lambda one: (abs(one[1] - target[1]) + abs(one[0] - target[0]), one))
+    s, i = target
+    if not text:
+        question = f"find the {ask}"
+    elif ask == "name":
+        which = f"'{names[i]}'" if count == 1 else f"'{series[s]}' in {names[i]}" if dots else f"'{names[i]}' in the series '{series[s]}'"
+        question = f"Point at the {'point' if dots else 'bar'} of {which}."
+    else:
+        question = f"Point at the {'longest' if lying and ask == 'tallest' else ask} bar."
+    if text:
+        hues, title = [style.bar, style.column, style.row], rng.choice(("Sales", "Stock", "Orders", "Visits", "Output"))
+        notes, lines, steps = not dots and rng.random() < 0.5, rng.random() < 0.5, rng.randint(3, 6)
+
+    def paint(fill=None):
+        image = Image.new("RGB", (width, height), style.page)
+        draw = ImageDraw.Draw(image)
+        if text:
+            label(draw)
+        if lying:
+            _block(draw, (base - 2, 0 if not text else before - 8, base, height - after), style.ink)
+        else:
+            _block(draw, (before - 4, height - base, width - after, height - base + 2), style.ink)
+        hue = lambda s, i: fill if fill and (s, i) == target else hues[s] if text else style.column if i == marked else style.bar
+        if dots:
+            for s in range(count):
+                ends = [((x0 + x1) // 2, (y0 + y1) // 2) for x0, y0, x1, y1 in (place(s, i) for i in range(size))]
+                draw.line(ends, fill=hues[s] if text else style.ink, width=2)
+        for s, i in sorted(flat, key=lambda one: one == target):
+            x0, y0, x1, y1 = place(s, i)
+            if dots:
+                draw.ellipse((x0, y0, x1 - 1, y1 - 1), fill=hue(s, i))
+            else:
+                _block(draw, (x0, y0, x1, y1), hue(s, i))
+            if text and notes and count == 1:
+                note = (x1 + 4, y0, x1 + 40, y1) if lying else (x0 - 20, y0 - 18, x1 + 20, y0 - 2)
+                _write(draw, f"{value((s, i)) * unit:g}"[:5], font, note, style.ink, 0 if lying else 0.5)
+        return image
+
+    def label(draw):
+        """Title, legend, ticks and the names of the categories."""
+        _write(draw, title, font, (0, 4, width, 28), style.ink)
+        left = before
+        for s in range(count if count > 1 else 0):
+            _block(draw, (left, 34, left + 12, 46), hues[s])
+            _write(draw, series[s], font, (left + 16, 32, left + 80, 48), style.ink, 0)
+            left += 90
+        for n in range(steps + 1):
+            at, words = round(most * n / steps), f"{most * n / steps * unit:.1f}"
+            if lying:
+                if lines and n:
+                    _block(draw, (base + at, before - 8, base + at + 1, height - after), _near(style.page, 40))
+                _write(draw, words, font, (base + at - 30, before - 24, base + at + 30, before - 10), style.ink)
+            else:
+                if lines and n:
+                    _block(draw, (before, height - base - at, width - after, height - base - at + 1), _near(style.page, 40))
+                _write(draw, words, font, (4, height - base - at - 8, before - 8, height - base - at + 8), style.ink, 1)
+        for i, name in enumerate(names):
+            at = before + i * slot
+            _write(draw, name, font, (0, at, base - 6, at + slot) if lying else (at, height - base + 6, at + slot, height - 14),
+                   style.ink, 1 if lying else 0.5)
+
+    boxes = [place(*one) for one in flat]
+    middles = lambda a, b: tuple((box[a] + box[b]) / 2 for box in boxes)
+    tops = [(box[1] + box[3]) / 2 for box in boxes] if dots else [box[2] if lying else box[1] for box in boxes]
+    return Figure(paint, question, place(s, i), tuple(place(*one) for one in rivals if one != target)[:5],
+                  () if lying else middles(0, 2), middles(1, 3) if lying else (), tuple(tops))
+
+
+FIGURES = {"table": table_figure, "chart": chart_figure}
+SIZES = {("table", "embedded"): ((3, 4, 5), (6, 7)), ("table", "text"): ((4, 5, 6), (8, 9, 10)),
+         ("chart", "embedded"): ((3, 4, 5), (6, 7, 8)), ("chart", "text"): ((4, 5, 6), (8, 9, 10))}
+
+
+def _figure_plan(task, kind, train, test, dev):
+    """{split: [(size, look), ...]}: sizes trained on and larger ones, looks trained on and others."""
+    small, large = SIZES[task, kind]
+    others, plan = [name for name in STYLES if name != "paper"], {}
+    trained = ["paper" if i % 4 == 0 else mix for i, mix in enumerate(MIXES)]
+
+    def items(count, sizes, looks):
+        pairs = [(r, c) for r in sizes for c in sizes] if task == "table" else list(sizes)
+        return [(pairs[i % len(pairs)], looks[i // len(pairs) % len(looks)]) for i in range(count)]
+
+    for part, count in (("test", test), ("dev", dev)):
+        for split, sizes, looks in (("id", small, ["paper"]), ("size", large, ["paper"]), ("look", small, others), ("both", large, others)):
+            plan[f"{part}_{split}"] = items(count, sizes, looks)
+    return plan | {"train": items(train, small, trained)}
+
+
+def make_figures(folder, task, *, kind, seed, train, sft_traces, test, dev, progress=True):
+    """Write all splits, previews and data.json of the task `table` or `chart` into `folder`, unless it is there.
+
+    No picture is in two test, dev or train files; SFT uses training pictures.
+    """
+    if sft_traces > train:
+        raise UserError(f"points.sft_traces={sft_traces} needs as many training pictures, not points.train={train}")
+
+    def draw(split, wanted, rng, taken):
+        for i, (size, look) in enumerate(wanted):
+            for _ in range(1000):
+                figure = FIGURES[task](rng, size, look, kind)
+                image = figure.paint()
+                key = hashlib.sha256(image.tobytes()).digest(), image.size
+                if key not in taken:
+                    break
+            else:
+                raise UserError(f"{split}: no new picture of size {size} found; ask for fewer")
+            taken.add(key)
+            name = f"{split}-{i:04d}"
+            yield {"id": name, "image": f"images/{name}.png", "size": image.size, "question": figure.question, "box": figure.box,
+                   "look": look, "near": figure.near if split == "train" else ()}, image
+
+    trace = lambda index, record, rng: point_trace(record, index, rng)
+    settings = {"kind": kind, "seed": seed, "train": train, "sft_traces": sft_traces, "test": test, "dev": dev}
+    make_folder(folder, task, settings, _figure_plan(task, kind, train, test, dev), draw, trace, _figure_preview, progress)
+
+
+def _figure_preview(folder, record):
+    """(picture with the box drawn, caption); of an SFT record, with its first wrong attempt as well."""
+    image, (x0, y0, x1, y1) = load_image(folder / record["image"]), record["box"]
+    if record.get("count"):
+        image = draw_point(image, record["wrong"][0])
+    ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), outline=(255, 0, 255))
+    return image, f"{record['id']}: {record['question']}"[:46 if image.width > 300 else 24]
+
+
+def inside(box, point):
+    """Whether a point (x, y), pixels, lies in a half-open box."""
+    return box[0] <= point[0] < box[2] and box[1] <= point[1] < box[3]
+
+
+def gap(box, point):
+    """Distance in pixels from a point to a box; 0 inside and on its edge."""
+    return math.hypot(*(max(low - p, 0, p - high) for low, p, high in zip(box[:2], point, box[2:])))
+
+
+def whereabouts(box, point):
+    """In words, where a box lies from a point: one or two of left, right, up, down; empty inside."""
+    beyond = lambda low, p, high, before, after: [after] * (p < low) + [before] * (p >= high)
+    return " ".join(beyond(box[0], point[0], box[2], "left", "right") + beyond(box[1], point[1], box[3], "up", "down"))
+
+
+def wrong_points(record, rng, count=16):
+    """Points in pixels outside the box, the most natural mistakes first among equals: something near, a near miss, anywhere."""
+    (width, height), (x0, y0, x1, y1), found = record["size"], record["box"], []
+    while len(found) < count:
+        kind = rng.random()
+        if record.get("near") and kind < 0.6:
+            box = rng.choice(record["near"])
+            point = [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]
+        elif kind < 0.8:   # beside the box, up to its own size away
+            point = [rng.uniform(1.5 * x0 - 0.5 * x1, 1.5 * x1 - 0.5 * x0), rng.uniform(1.5 * y0 - 0.5 * y1, 1.5 * y1 - 0.5 * y0)]
+        else:
+            point = [rng.uniform(0, width), rng.uniform(0, height)]
+        point = [round(min(max(p, 0), n - 1), 2) for p, n in zip(point, (width, height))]
+        if not inside(record["box"], point) or (x0 <= 0 and y0 <= 0 and x1 >= width and y1 >= height):
+            found.append(point)
+    return found
+
+
+def point_trace(record, index, rng):
+    """An SFT record: how many wrong attempts its trace shows, and points to choose them from."""
+    record = {**record, "id": f"sft-{index:04d}", "count": _wrong_count(index, rng), "wrong": wrong_points(record, rng)}
+    return {key: value for key, value in record.items() if key != "near"}
+
+
+def point_turns(task, record):
+    """The turns of an SFT record in the task's own convention. Points that it cannot tell apart, or that are right there, are left out."""
+    box, wrongs = record["box"], []
+    right = task.attempt(record, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+    if not task.exact(record, right):
+        raise UserError(f"{record['id']}: no point in its box; raise points.scale")
+    for point in record["wrong"]:
+        attempt = task.attempt(record, point)
+        apart = not any(task.same(attempt, other) for other in (right, *wrongs))
+        if len(wrongs) < record["count"] and apart and not task.exact(record, attempt):
+            wrongs.append(attempt)
+    thoughts = [whereabouts(box, task.pixel(record, wrong)) for wrong in wrongs]
+    return sft_turns([f"{x} {y}" for x, y in (*wrongs, right)], thoughts)
+
+
+def draw_point(image, point, crop=0):
+    """Feedback: a new RGB image with a mark at `point`, in pixels; or a crop of it, `crop` pixels a side, moved inside the image.
+
+    Rings of black and white around a magenta dot: something of it contrasts with whatever is below.
+    """
+    image = image.convert("RGB") if image.mode != "RGB" else image.copy()
+    radius = max(4, round(max(image.size) / 60))
+    x, y = (min(max(int(p), 0), n - 1) for p, n in zip(point, image.size))
+    draw, line = ImageDraw.Draw(image), max(1, radius // 4)
+    disc = lambda r, **colours: draw.ellipse((x - r, y - r, x + r, y + r), **colours)
+    disc(radius, outline=(0, 0, 0), width=line)
+    disc(radius - line, outline=(255, 255, 255), width=line)
+    disc(max(1, radius // 3), fill=(255, 0, 200))
+    if not crop:
+        return image
+    wide, high = min(crop, image.width), min(crop, image.height)
+    left, top = min(max(x - wide // 2, 0), image.width - wide), min(max(y - high // 2, 0), image.height - high)
+    return image.crop((left, top, left + wide, top + high))
+
+
+def check_points(folder, record):
+    """Raise UserError unless a record has a question and a box inside its image; note the image's size in it."""
+    if not isinstance(record.get("question"), str) or not record["question"].strip():
+        raise UserError('"question" is missing or not a text')
+    if "size" not in record:
+        record["size"] = load_image(folder / record["image"]).size
+    box, (width, height) = record.get("box"), record["size"]
+    number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+    if not isinstance(box, list) or len(box) != 4 or not all(map(number, box)):
+        raise UserError('"box" is missing or not [x0, y0, x1, y1] in pixels')
+    if not (box[0] < box[2] and box[1] < box[3]):
+        raise UserError(f"box {box} is empty: it needs x0 < x1 and y0 < y1")
+    if box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height:
+        raise UserError(f"box {box} leaves its image of {width} x {height} pixels")
+    if box[0] == box[1] == 0 and box[2:] == [width, height]:
+        raise UserError(f"box {box} is the whole image: every point is right")
+
+
+def own_question(file, question):
+    """The example of one's own image and question: no box is known."""
+    if not question.strip():
+        raise UserError('image= needs question="..."')
+    return {"id": Path(file).name, "image": Path(file).name, "size": load_image(file).size, "question": question, "box": None}
+
+
+def own_points(file, seed, sft_traces):
+    """{split: records} of a JSONL file of {"image", "question", "box"}; "id" may be left out.
+
+    Images are divided by a hash of their name, 80 % train, 10 % dev, 10 % test, so that no image is on two sides. UserError
+    if a line is bad or a part is empty.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise UserError(f"data={file}: task=points needs a JSONL file of image, question and box; give data=FILE")
+    parts, folder = {"train": [], "dev_id": [], "test_id": []}, file.parent.resolve()
+    for record in read_manifest(file, lambda record: check_points(file.parent, record), ids=False):
+        name = (folder / record["image"]).resolve().relative_to(folder).as_posix()   # one image under two names is one image
+        share = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10
+        parts["dev_id" if share == 0 else "test_id" if share == 1 else "train"].append(record)
+    for part, records in parts.items():
+        if not records:
+            raise UserError(f"{file}: none of its images falls into {part.split('_')[0]}; images are divided 8:1:1 by name: add some")
+    rng = random.Random(f"{seed} sft")
+    chosen = rng.sample(parts["train"], min(sft_traces, len(parts["train"])))
+    return parts | {"sft": [point_trace(record, i, rng) for i, record in enumerate(chosen)]}
+
+
+# ---------------------------------------------------------------- 7. the embedded model
 # The default model is small enough for a CPU, but it is a real Qwen3-VL, built from a config. It comes
 # with eyes: as a downloaded VLM has seen pictures of all kinds, this one has learnt to say what is in
 # pictures of all sizes and looks, and never to solve one. The result lies in assets/embedded as an
 # ordinary Hugging Face folder, and vrrl.py loads it as it would load Qwen/Qwen3-VL-4B-Instruct.
 
 VOCABULARY = """user assistant system up down left right ice hole elf gift path crash start found
-                edge short past longer find the check it say cells""".split()
+                edge short past longer find the check it say cells point columns rows bars cell tallest shortest marked""".split()
+VOCABULARY += map(str, range(POINTS + 1))
 CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
         "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -655,7 +1145,7 @@ def build_embedded(seed):
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)
     config = transformers.Qwen3VLConfig(
         text_config=dict(
-            vocab_size=64, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+            vocab_size=72, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, initializer_range=0.06,
             tie_word_embeddings=True, rope_parameters=rope),
         vision_config=dict(
@@ -720,19 +1210,47 @@ def see_talk(rng, pictures, sizes=(3, 4, 5, 6, 7), looks=(*LOOKS, *MIXES), cell=
     return talk
 
 
+def point_talk(rng, pictures):
+    """A conversation about one table or chart that teaches to see, and nothing about solving: [(image, question, answer), ...].
+
+    What is asked for: where a drawn point is, where the columns or rows are, how high the bars reach, in 20ths of the side.
+    Sizes and looks are those of all splits. From the second picture on a point is drawn, as it is in feedback.
+    """
+    task = rng.choice(list(FIGURES))
+    look, (small, large), talk = rng.choice((*STYLES, *MIXES)), SIZES[task, "embedded"], []
+    size = rng.choice(range(small[0], large[-1] + 1))
+    figure = FIGURES[task](rng, (size, rng.choice((*small, *large))) if task == "table" else size, look, "embedded")
+    plain = figure.paint()
+    width, height = plain.size
+    number = lambda p, side: str(math.ceil(p / side * POINTS - 0.5))
+    along = lambda places, side: " ".join(number(p, side) for p in places)
+    answers = {"say the columns": along(figure.columns, width), "say the rows": along(figure.rows, height),
+               "say the bars": along(figure.ends, height if figure.columns else width)}
+    answers = {question: answer for question, answer in answers.items() if answer}
+    for n in range(pictures):
+        question = rng.choice([*answers, "say the point", "say the point"])
+        image, answer = plain, answers.get(question)
+        if answer is None or n or rng.random() < 0.5:
+            units = rng.randint(0, POINTS), rng.randint(0, POINTS)
+            image = draw_point(plain, (units[0] / POINTS * width, units[1] / POINTS * height))
+            answer = answer or f"{units[0]} {units[1]}"
+        talk.append((image, question, answer))
+    return talk
+
+
 def make_embedded(folder, cfg):
     """Build the embedded model, teach it to see, and save it as a Hugging Face folder.
 
     First single pictures, then conversations of up to `see.pictures` of them: seeing must not depend on how much was
-    said before.
+    said before. The lessons are those of cfg.task.
     """
     import vrrl
     vrrl.save_policy(vrrl.Policy(*build_embedded(cfg.seed), cfg), folder)
-    policy, rng = vrrl.load_policy(folder, cfg), random.Random(cfg.seed)
+    policy, rng, talk = vrrl.load_policy(folder, cfg), random.Random(cfg.seed), vrrl.TASKS[cfg.task].lesson
 
-    def lesson(talk):
+    def lesson(pictures):
         episode = None
-        for image, question, answer in talk:
+        for image, question, answer in pictures:
             picture, (head, between) = policy.picture(image), policy.prompt(question, question)
             if episode is None:
                 episode = vrrl.Episode({}, policy.place(head, picture), picture)
@@ -744,12 +1262,12 @@ def make_embedded(folder, cfg):
 
     see = cfg.see
     for title, steps, most, rate in (("see", see.steps, 1, see.lr), ("talk", see.talk_steps, see.pictures, see.lr / 2)):
-        batch = lambda step: [lesson(see_talk(rng, rng.randint(1, most))) for _ in range(see.batch)]
+        batch = lambda step: [lesson(talk(rng, rng.randint(1, most))) for _ in range(see.batch)]
         vrrl.supervise(policy, batch, steps, rate, title, vrrl.Log())
         vrrl.save_policy(policy, folder)
 
 
-# ---------------------------------------------------------------- 7. pictures for people
+# ---------------------------------------------------------------- 8. pictures for people
 
 TEXT, FAINT, LINE = (40, 44, 52), (120, 126, 136), (226, 229, 234)
 FRAMES = {"right": (0, 158, 115), "wrong": (213, 60, 40), "": (190, 195, 203)}
@@ -993,7 +1511,7 @@ def curves(folder):
     draw_curves(folder / "curves.png", panels or [("nothing was trained", {})])
 
 
-# ---------------------------------------------------------------- 8. reading settings
+# ---------------------------------------------------------------- 9. reading settings
 
 
 def settings_table(file=Path(__file__).with_name("config.yaml")):
@@ -1058,7 +1576,7 @@ def settings_help():
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- 9. files of a run
+# ---------------------------------------------------------------- 10. files of a run
 
 
 def write_file(path, content):
@@ -1244,7 +1762,7 @@ def open_run(folder, flat):
     return True
 
 
-# ---------------------------------------------------------------- 10. report
+# ---------------------------------------------------------------- 11. report
 
 
 def wilson(share, n):

@@ -72,7 +72,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def read_config(words=(), file=HERE / "config.yaml"):
-    """Settings from config.yaml, then the profile's row, then the method's row, then `key=value` words.
+    """Settings from config.yaml, then the rows of the task, the profile and the method, then `key=value` words.
 
     Returns (cfg, flat): a frozen dataclass, and the same as {"rl.steps": 100, ...}. Raises UserError.
     """
@@ -84,7 +84,7 @@ def read_config(words=(), file=HERE / "config.yaml"):
             raise UserError(f"'{word}' is not key=value; for example: method=rl seed=3")
         given[data_prep.check_key(key, spec)] = text
     flat = {key: default for key, (default, _, _) in spec.items()}
-    for table in ("profile", "method"):
+    for table in ("task", "profile", "method"):
         row = str(given.get(table, flat[table]))
         data_prep.check_value(table, row, spec[table])
         flat.update({data_prep.check_key(key, spec): value for key, value in config[table + "s"][row].items()})
@@ -106,11 +106,13 @@ class Navigation:
     """
 
     SPLITS = ("id", "size", "look", "both")  # the first is in distribution
+    lesson = staticmethod(data_prep.see_talk)  # what the embedded model sees before it learns the task
 
     def __init__(self, cfg, show=True):
         # Keyed by its settings, so that the data of a smoke run is never taken for the real thing.
         made = dataclasses.asdict(cfg.nav)
-        self.words, self.folder = cfg.protocol, Path(cfg.data) / f"navigation-{data_prep.key_of(made)}"
+        self.key = data_prep.key_of(made)  # what of the task decides its demonstrations
+        self.words, self.folder = cfg.protocol, Path(cfg.data) / f"navigation-{self.key}"
         data_prep.make_navigation(self.folder, **made, progress=show)
 
     def load(self, split):
@@ -156,7 +158,104 @@ class Navigation:
         return data_prep.draw_path(self.image(example), shape, start, attempt, example.get("look", "snow"))
 
 
-TASKS = {"navigation": Navigation}
+class Points:
+    """Visual grounding: point into a box of the image. Here on one's own data: `data=FILE`, a JSONL of image, question and box.
+
+    An attempt is (x, y), two integers in the model's own convention: from 0 to `points.scale` along each side of the image, or
+    with scale 0 pixels of the image as the model sees it. Feedback is the image, or a crop of it, with the point drawn.
+    """
+
+    SPLITS = ("id",)
+    lesson = staticmethod(data_prep.point_talk)
+
+    def __init__(self, cfg, show=True):
+        self.words, self.cfg, self.processor = cfg.protocol, cfg.points, None if cfg.points.scale else image_processor(source_of(cfg.model))
+        self.folder, self.records = self.open(cfg, show)
+        decides = {k: v for k, v in dataclasses.asdict(cfg.points).items() if k != "reach"}
+        self.key = data_prep.key_of([decides, str(self.folder.name), self.records])
+
+    def open(self, cfg, show):
+        """(folder of the images, {split: records}, for those that lie in no file of the folder)."""
+        if cfg.image:
+            return Path(cfg.image).parent, {"own": [data_prep.own_question(cfg.image, cfg.question)]}
+        return Path(cfg.data).parent, data_prep.own_points(cfg.data, self.cfg.seed, self.cfg.sft_traces)
+
+    def load(self, split):
+        """Examples of a split: dicts with id, image, size (width, height), question, box (and turns, for sft)."""
+        check = lambda record: data_prep.check_points(self.folder, record)
+        records = self.records.get(split) or data_prep.read_manifest(self.folder / f"{split}.jsonl", check)
+        return [{**r, "turns": data_prep.point_turns(self, r)} if split == "sft" else r for r in records]
+
+    def question(self, example):
+        """The text before the first image, and the text after each feedback image."""
+        return self.words.question.replace("{question}", example["question"]), self.words.feedback
+
+    @functools.lru_cache(maxsize=256)
+    def _load(self, name):
+        return data_prep.load_image(self.folder / name)
+
+    def image(self, example):
+        return self._load(example["image"])
+
+    def parse(self, text):
+        """'3 14', '3, 14' or '(3, 14)' -> (3, 14); None for anything else, or beyond the scale."""
+        found = re.fullmatch(r"\s*\(?\s*(\d{1,5})\s*[,\s]\s*(\d{1,5})\s*\)?\s*", text, re.A)
+        attempt = found and tuple(map(int, found.groups()))
+        return attempt if attempt and max(attempt) <= (self.cfg.scale or data_prep.MAX_SIDE) else None
+
+    def ends(self, example):
+        """How far coordinates run along each side: the model's convention is chosen here alone."""
+        return (self.cfg.scale, self.cfg.scale) if self.cfg.scale else size_seen(example["size"], self.processor)
+
+    def pixel(self, example, attempt):
+        """An attempt in pixels of the image."""
+        return tuple(a / end * side for a, end, side in zip(attempt, self.ends(example), example["size"]))
+
+    def attempt(self, example, pixel):
+        """The attempt nearest to a point in pixels; halves are rounded down, so that a box's centre is not rounded out of it."""
+        return tuple(math.ceil(p / side * end - 0.5) for p, end, side in zip(pixel, self.ends(example), example["size"]))
+
+    def exact(self, example, attempt):
+        """Whether the point lies in the box; None where no box is known."""
+        return data_prep.inside(example["box"], self.pixel(example, attempt)) if example["box"] else None
+
+    def progress(self, example, attempt):
+        """p_t in [0, 1]: 1 inside the box, else max(0, 1 - d / reach), at most 0.99; d: distance to the box over the longer side."""
+        if self.exact(example, attempt):
+            return 1.0
+        distance = data_prep.gap(example["box"], self.pixel(example, attempt)) / max(example["size"])
+        return min(0.99, max(0.0, 1 - distance / self.cfg.reach))
+
+    def same(self, attempt, other):
+        """Closer than `points.apart`, in shares of the sides (with scale 0, of 1000 pixels): a jitter is not a new attempt."""
+        return math.dist(attempt, other) < self.cfg.apart * (self.cfg.scale or 1000)
+
+    def feedback(self, example, attempt):
+        """The image, or a crop of it, with the point drawn."""
+        crop = self.cfg.crop if self.cfg.feedback == "crop" else 0
+        return data_prep.draw_point(self.image(example), self.pixel(example, attempt), crop)
+
+
+class Table(Points):
+    """Tables: the cell in a given row and column. `size` has more rows and columns than trained on, `look` other colours."""
+
+    SPLITS = Navigation.SPLITS
+    FIGURE = "table"
+
+    def open(self, cfg, show):
+        made = {k: getattr(cfg.points, k) for k in ("kind", "seed", "train", "sft_traces", "test", "dev")}
+        folder = Path(cfg.data) / f"{self.FIGURE}-{data_prep.key_of(made)}"
+        data_prep.make_figures(folder, self.FIGURE, **made, progress=show)
+        return folder, {}
+
+
+class Chart(Table):
+    """Charts: the bar or point that a question names. `size` has more of them, `look` other colours and types of chart."""
+
+    FIGURE = "chart"
+
+
+TASKS = {"navigation": Navigation, "table": Table, "chart": Chart, "points": Points}
 
 # One assistant turn: an optional THINK, then one ANSWER or one FINAL, nothing else.
 TAGS = ["<THINK>", "</THINK>", "<ANSWER>", "</ANSWER>", "<FINAL>", "</FINAL>"]
@@ -189,14 +288,19 @@ class Picture:
     """
 
     def __init__(self, image, processor):
-        side = processor.patch_size * processor.merge_size
-        least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
-        height, width = smart_resize(image.height, image.width, side, least, most)
-        if (width, height) != image.size:
-            image = image.resize((width, height), processor.resample)
-        self.pixels = np.asarray(image)
+        width, height = size = size_seen(image.size, processor)
+        if size != image.size:
+            image = image.resize(size, processor.resample)
+        self.pixels, side = np.asarray(image), processor.patch_size * processor.merge_size
         self.rows, self.cols = height // side, width // side
         self.features = None  # its visual tokens, shared by all policies with the same frozen vision tower
+
+
+def size_seen(size, processor):
+    """(width, height) in pixels that an image of this size has when the model sees it."""
+    side, limits = processor.patch_size * processor.merge_size, processor.size
+    height, width = smart_resize(size[1], size[0], side, limits["shortest_edge"], limits["longest_edge"])
+    return width, height
 
 
 class KeyValues:
@@ -503,6 +607,10 @@ def source_of(name):
     return str(name if hub_name else folder)
 
 
+def image_processor(source):
+    return Qwen2VLImageProcessorPil.from_pretrained(source)
+
+
 def load_policy(name, cfg):
     """A Policy from a Hugging Face folder or hub name. UserError if there is none."""
     device, source = device_of(cfg), source_of(name)
@@ -511,7 +619,7 @@ def load_policy(name, cfg):
             source, dtype=dtype_of(cfg, device),
             attn_implementation={"text_config": "grouped" if device.type == "cpu" else "sdpa", "vision_config": "sdpa"})
         return Policy(model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(source),
-                      Qwen2VLImageProcessorPil.from_pretrained(source), cfg)
+                      image_processor(source), cfg)
     except Exception as error:  # half a download, another architecture: the libraries raise many kinds
         raise UserError(f"model={name} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
 
@@ -1135,12 +1243,14 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
 # ==================== 11. Main ========================================================================
 
 
-APART_FROM_SFT = ("method", "profile", "mode", "run", "runs", "data", "results", "checkpoint", "see", "rl", "reward", "buffer", "eval", "study")
+APART_FROM_SFT = ("method", "profile", "mode", "run", "runs", "data", "results", "checkpoint", "see", "rl", "reward", "buffer", "eval",
+                  "study", "nav", "points", "image", "question")  # a task's own settings come in by its key
 
 
 def sft_model(cfg, flat, task):
     """(policy, folder) of the SFT model, trained now or by an earlier run: methods with equal SFT settings share it."""
-    decides = {k: v for k, v in flat.items() if k.split(".")[0] not in APART_FROM_SFT} | {"threads": torch.get_num_threads()}
+    decides = {k: v for k, v in flat.items() if k.split(".")[0] not in APART_FROM_SFT}
+    decides |= {"data": task.key, "threads": torch.get_num_threads()}
     weights = Path(source_of(cfg.model)) / "model.safetensors"  # an embedded model made anew is another model
     if weights.is_file():
         decides["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
