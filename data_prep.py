@@ -11,10 +11,11 @@ Contents
     5. Making the data            make_folder, make_navigation
     6. Tables and charts          table_figure, chart_figure, draw_point, make_figures, own_points
     7. The embedded model         build_embedded, see_talk, point_talk, make_embedded
-    8. Pictures for people        contact_sheet, film_strip, curves
-    9. Reading settings           settings_table, check_value, nest
-   10. Files of a run             write_file, Stopped, Log, lock, open_run
-   11. Report                     table, differences, report, study_report
+    8. Keys, values, attention    KeyValues, grouped_attention
+    9. Pictures for people        contact_sheet, film_strip, curves
+   10. Reading settings           settings_table, check_value, nest
+   11. Files of a run             write_file, Stopped, Log, lock, open_run
+   12. Report                     table, differences, report, study_report
 
 A layout is a list of strings of S (start, the elf), F (frozen, safe), H (hole) and G (goal, the
 gift). Cells are (row, column), counted from the top left. `rng` is always a random.Random.
@@ -1267,7 +1268,58 @@ def make_embedded(folder, cfg):
         vrrl.save_policy(policy, folder)
 
 
-# ---------------------------------------------------------------- 8. pictures for people
+# ---------------------------------------------------------------- 8. keys, values and attention
+
+
+class KeyValues:
+    """Keys and values of a batch of conversations: a pair of (B, heads, L, head_dim) a layer.
+
+    The attention layers of transformers only call `update`. Without gradients the tensors grow in
+    place (a concatenation would copy everything at every token).
+    """
+
+    def __init__(self):
+        self.layers, self.length = {}, 0
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        new, old, end = (keys, values), self.layers.get(layer), self.length + keys.shape[2]
+        if torch.is_grad_enabled():
+            if old is not None:
+                new = tuple(torch.cat([o[:, :, : self.length], n], 2) for o, n in zip(old, new))
+            self.layers[layer] = new
+            return new
+        if old is None or old[0].shape[2] < end:
+            room = tuple(n.new_empty(*n.shape[:2], end + 64, n.shape[3]) for n in new)  # 64 more before the next move
+            for r, o in zip(room, old or ()):
+                r[:, :, : self.length] = o[:, :, : self.length]
+            self.layers[layer] = old = room
+        for o, n in zip(old, new):
+            o[:, :, self.length : end] = n
+        return tuple(o[:, :, :end] for o in old)
+
+    def take(self, rows):
+        for layer, pair in self.layers.items():
+            self.layers[layer] = tuple(t[:, :, : self.length].index_select(0, rows) for t in pair)
+
+
+def grouped_attention(module, query, key, value, attention_mask, scaling, **kwargs):
+    """Attention for a CPU: query (B, heads, W, D), key and value (B, kv_heads, L, D), mask True where W may look at L.
+
+    The heads that share a key are handled as more rows of one product. The library's own way copies every key and
+    value for every head, at every sampled token; and its fused kernel has a slow backward pass in bf16.
+    """
+    size, heads, width, dim = query.shape
+    shared = key.shape[1]
+    scores = query.reshape(size, shared, -1, dim) @ key.contiguous().transpose(2, 3) * scaling
+    scores = scores.view(size, heads, width, -1).masked_fill(~attention_mask, -1e9)
+    out = scores.softmax(-1).view(size, shared, heads // shared * width, -1) @ value.contiguous()
+    return out.view(size, heads, width, dim).transpose(1, 2), None
+
+
+transformers.AttentionInterface.register("grouped", grouped_attention)
+
+
+# ---------------------------------------------------------------- 9. pictures for people
 
 TEXT, FAINT, LINE = (40, 44, 52), (120, 126, 136), (226, 229, 234)
 FRAMES = {"right": (0, 158, 115), "wrong": (213, 60, 40), "": (190, 195, 203)}
@@ -1511,7 +1563,7 @@ def curves(folder):
     draw_curves(folder / "curves.png", panels or [("nothing was trained", {})])
 
 
-# ---------------------------------------------------------------- 9. reading settings
+# ---------------------------------------------------------------- 10. reading settings
 
 
 def settings_table(file=Path(__file__).with_name("config.yaml")):
@@ -1576,7 +1628,7 @@ def settings_help():
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------- 10. files of a run
+# ---------------------------------------------------------------- 11. files of a run
 
 
 def write_file(path, content):
@@ -1762,7 +1814,7 @@ def open_run(folder, flat):
     return True
 
 
-# ---------------------------------------------------------------- 11. report
+# ---------------------------------------------------------------- 12. report
 
 
 def wilson(share, n):

@@ -303,54 +303,6 @@ def size_seen(size, processor):
     return width, height
 
 
-class KeyValues:
-    """Keys and values of a batch of conversations: a pair of (B, heads, L, head_dim) a layer.
-
-    The attention layers of transformers only call `update`. Without gradients the tensors grow in
-    place (a concatenation would copy everything at every token).
-    """
-
-    def __init__(self):
-        self.layers, self.length = {}, 0
-
-    def update(self, keys, values, layer, *args, **kwargs):
-        new, old, end = (keys, values), self.layers.get(layer), self.length + keys.shape[2]
-        if torch.is_grad_enabled():
-            if old is not None:
-                new = tuple(torch.cat([o[:, :, : self.length], n], 2) for o, n in zip(old, new))
-            self.layers[layer] = new
-            return new
-        if old is None or old[0].shape[2] < end:
-            room = tuple(n.new_empty(*n.shape[:2], end + 64, n.shape[3]) for n in new)  # 64 more before the next move
-            for r, o in zip(room, old or ()):
-                r[:, :, : self.length] = o[:, :, : self.length]
-            self.layers[layer] = old = room
-        for o, n in zip(old, new):
-            o[:, :, self.length : end] = n
-        return tuple(o[:, :, :end] for o in old)
-
-    def take(self, rows):
-        for layer, pair in self.layers.items():
-            self.layers[layer] = tuple(t[:, :, : self.length].index_select(0, rows) for t in pair)
-
-
-def grouped_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Attention for a CPU: query (B, heads, W, D), key and value (B, kv_heads, L, D), mask True where W may look at L.
-
-    The heads that share a key are handled as more rows of one product. The library's own way copies every key and
-    value for every head, at every sampled token; and its fused kernel has a slow backward pass in bf16.
-    """
-    size, heads, width, dim = query.shape
-    shared = key.shape[1]
-    scores = query.reshape(size, shared, -1, dim) @ key.contiguous().transpose(2, 3) * scaling
-    scores = scores.view(size, heads, width, -1).masked_fill(~attention_mask, -1e9)
-    out = scores.softmax(-1).view(size, shared, heads // shared * width, -1) @ value.contiguous()
-    return out.view(size, heads, width, dim).transpose(1, 2), None
-
-
-transformers.AttentionInterface.register("grouped", grouped_attention)
-
-
 class Context:
     """A batch of B conversations as far as the model has read them.
 
@@ -360,7 +312,7 @@ class Context:
     """
 
     def __init__(self, rows, device):
-        self.cache = KeyValues()
+        self.cache = data_prep.KeyValues()  # of every layer; grows in place while sampling
         self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=device)
         self.position = torch.zeros(rows, dtype=torch.long, device=device)
         self.last = None
