@@ -1814,6 +1814,45 @@ def open_run(folder, flat):
     return True
 
 
+def source_of(name):
+    """What `model=` names: a folder, as it stands or beside this file, or a hub name. UserError if it is neither."""
+    folder = Path(name) if Path(name).is_dir() else Path(__file__).parent / name
+    hub_name = not folder.exists() and re.fullmatch(r"(?!assets/|runs/)[\w-][\w.-]*/[\w.-]+", str(name))
+    if not (folder / "config.json").is_file() and not hub_name:
+        raise UserError(f"model={name}: no folder with a config.json; name a Hugging Face folder or a hub name, "
+                        "or make the embedded model again: python data_prep.py embedded")
+    return str(name if hub_name else folder)
+
+
+def save_policy(policy, folder):
+    """A Hugging Face folder that `from_pretrained` loads; it appears whole or not at all."""
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for part in (policy.model, policy.tokenizer, policy.processor):
+            part.save_pretrained(temporary)
+        for file in temporary.iterdir():
+            to_disk(file)
+    except Exception as error:  # the libraries raise many kinds where a disk is full
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"{folder} cannot be written: {error}") from None
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def device_of(cfg):
+    if cfg.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no GPU; use device=cpu")
+    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def dtype_of(cfg, device):
+    """The dtype of weights and activations; norms, logits and the loss are fp32. auto: bf16 where the machine computes in it."""
+    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return {"auto": torch.bfloat16 if fast else torch.float32}.get(cfg.policy.dtype) or getattr(torch, cfg.policy.dtype)
+
+
 # ---------------------------------------------------------------- 12. report
 
 

@@ -60,7 +60,7 @@ import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 import data_prep
-from data_prep import Log, Stopped, UserError, write_file
+from data_prep import Log, Stopped, UserError, device_of, dtype_of, save_policy, source_of, write_file
 
 transformers.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
@@ -549,16 +549,6 @@ class Policy:
         return logp.gather(1, taken[:, None])[:, 0].split(counts), entropy.detach().split(counts)
 
 
-def source_of(name):
-    """What `model=` names: a folder, as it stands or beside this file, or a hub name. UserError if it is neither."""
-    folder = Path(name) if Path(name).is_dir() else HERE / name
-    hub_name = not folder.exists() and re.fullmatch(r"(?!assets/|runs/)[\w-][\w.-]*/[\w.-]+", str(name))
-    if not (folder / "config.json").is_file() and not hub_name:
-        raise UserError(f"model={name}: no folder with a config.json; name a Hugging Face folder or a hub name, "
-                        "or make the embedded model again: python data_prep.py embedded")
-    return str(name if hub_name else folder)
-
-
 def image_processor(source):
     return Qwen2VLImageProcessorPil.from_pretrained(source)
 
@@ -574,35 +564,6 @@ def load_policy(name, cfg):
                       image_processor(source), cfg)
     except Exception as error:  # half a download, another architecture: the libraries raise many kinds
         raise UserError(f"model={name} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
-
-
-def save_policy(policy, folder):
-    """A Hugging Face folder that `from_pretrained` loads; it appears whole or not at all."""
-    folder = Path(folder)
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        for part in (policy.model, policy.tokenizer, policy.processor):
-            part.save_pretrained(temporary)
-        for file in temporary.iterdir():
-            data_prep.to_disk(file)
-    except Exception as error:  # the libraries raise many kinds where a disk is full
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{folder} cannot be written: {error}") from None
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
-
-
-def device_of(cfg):
-    if cfg.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda: torch sees no GPU; use device=cpu")
-    return torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def dtype_of(cfg, device):
-    """The dtype of weights and activations; norms, logits and the loss are fp32. auto: bf16 where the machine computes in it."""
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return {"auto": torch.bfloat16 if fast else torch.float32}.get(cfg.policy.dtype) or getattr(torch, cfg.policy.dtype)
 
 
 # ==================== 4. Episodes =====================================================================
