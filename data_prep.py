@@ -1005,9 +1005,9 @@ def whereabouts(box, point):
 
 
 def wrong_points(record, rng, count=16):
-    """Points in pixels outside the box, the most natural mistakes first among equals: something near, a near miss, anywhere."""
+    """At most so many points in pixels outside the box: something near it in kind, a near miss, or anywhere."""
     (width, height), (x0, y0, x1, y1), found = record["size"], record["box"], []
-    while len(found) < count:
+    for _ in range(20 * count):   # a box may leave little room
         kind = rng.random()
         if record.get("near") and kind < 0.6:
             box = rng.choice(record["near"])
@@ -1017,9 +1017,9 @@ def wrong_points(record, rng, count=16):
         else:
             point = [rng.uniform(0, width), rng.uniform(0, height)]
         point = [round(min(max(p, 0), n - 1), 2) for p, n in zip(point, (width, height))]
-        if not inside(record["box"], point) or (x0 <= 0 and y0 <= 0 and x1 >= width and y1 >= height):
+        if not inside(record["box"], point):
             found.append(point)
-    return found
+    return found[:count]
 
 
 def point_trace(record, index, rng):
@@ -1033,7 +1033,7 @@ def point_turns(task, record):
     box, wrongs = record["box"], []
     right = task.attempt(record, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
     if not task.exact(record, right):
-        raise UserError(f"{record['id']}: no point in its box; raise points.scale")
+        raise UserError(f"{record['image']}: no point of the scale lies in the box {box}; raise points.scale")
     for point in record["wrong"]:
         attempt = task.attempt(record, point)
         apart = not any(task.same(attempt, other) for other in (right, *wrongs))
@@ -1063,13 +1063,11 @@ def draw_point(image, point, crop=0):
     return image.crop((left, top, left + wide, top + high))
 
 
-def check_points(folder, record):
-    """Raise UserError unless a record has a question and a box inside its image; note the image's size in it."""
+def check_points(record, size):
+    """Raise UserError unless a record has a question and a box inside its image, whose size is (width, height)."""
     if not isinstance(record.get("question"), str) or not record["question"].strip():
         raise UserError('"question" is missing or not a text')
-    if "size" not in record:
-        record["size"] = load_image(folder / record["image"]).size
-    box, (width, height) = record.get("box"), record["size"]
+    box, (width, height) = record.get("box"), size
     number = lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
     if not isinstance(box, list) or len(box) != 4 or not all(map(number, box)):
         raise UserError('"box" is missing or not [x0, y0, x1, y1] in pixels')
@@ -1077,8 +1075,6 @@ def check_points(folder, record):
         raise UserError(f"box {box} is empty: it needs x0 < x1 and y0 < y1")
     if box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height:
         raise UserError(f"box {box} leaves its image of {width} x {height} pixels")
-    if box[0] == box[1] == 0 and box[2:] == [width, height]:
-        raise UserError(f"box {box} is the whole image: every point is right")
 
 
 def own_question(file, question):
@@ -1088,7 +1084,7 @@ def own_question(file, question):
     return {"id": Path(file).name, "image": Path(file).name, "size": load_image(file).size, "question": question, "box": None}
 
 
-def own_points(file, seed, sft_traces):
+def own_points(file, seed, sft_traces, show):
     """{split: records} of a JSONL file of {"image", "question", "box"}; "id" may be left out.
 
     Images are divided by a hash of their name, 80 % train, 10 % dev, 10 % test, so that no image is on two sides. UserError
@@ -1098,7 +1094,11 @@ def own_points(file, seed, sft_traces):
     if not file.is_file():
         raise UserError(f"data={file}: task=points needs a JSONL file of image, question and box; give data=FILE")
     parts, folder = {"train": [], "dev_id": [], "test_id": []}, file.parent.resolve()
-    for record in read_manifest(file, lambda record: check_points(file.parent, record), ids=False):
+    size_of = functools.lru_cache(maxsize=None)(lambda name: load_image(file.parent / name).size)   # an image may have many lines
+    with tqdm(desc=file.name, unit="line", disable=not show) as bar:
+        records = read_manifest(file, lambda record: (check_points(record, size_of(record["image"])), bar.update()), ids=False)
+    for record in records:
+        record = {key: record[key] for key in ("id", "image", "question", "box")} | {"size": size_of(record["image"])}
         name = (folder / record["image"]).resolve().relative_to(folder).as_posix()   # one image under two names is one image
         share = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10
         parts["dev_id" if share == 0 else "test_id" if share == 1 else "train"].append(record)
@@ -1791,7 +1791,8 @@ def _device():
 def open_run(folder, flat):
     """Make the run's folder and write its exact settings. False if it holds these settings' finished run."""
     flat = {**flat, "threads": torch.get_num_threads()}  # another number rounds differently
-    settings = {k: v for k, v in flat.items() if k not in ("run", "runs", "data", "results", "mode", "checkpoint") and not k.startswith("study.")}
+    settings = {k: v for k, v in flat.items() if k not in ("run", "runs", "data", "results", "mode", "checkpoint")
+                and not k.startswith("study.") or k == "data" and Path(v).is_file()}
     old = folder / "settings.yaml"
     if old.is_file():
         before = yaml.safe_load(old.read_text()) or {}

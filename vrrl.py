@@ -178,11 +178,11 @@ class Points:
         """(folder of the images, {split: records}, for those that lie in no file of the folder)."""
         if cfg.image:
             return Path(cfg.image).parent, {"own": [data_prep.own_question(cfg.image, cfg.question)]}
-        return Path(cfg.data).parent, data_prep.own_points(cfg.data, self.cfg.seed, self.cfg.sft_traces)
+        return Path(cfg.data).parent, data_prep.own_points(cfg.data, self.cfg.seed, self.cfg.sft_traces, show)
 
     def load(self, split):
         """Examples of a split: dicts with id, image, size (width, height), question, box (and turns, for sft)."""
-        check = lambda record: data_prep.check_points(self.folder, record)
+        check = lambda record: data_prep.check_points(record, record["size"])
         records = self.records.get(split) or data_prep.read_manifest(self.folder / f"{split}.jsonl", check)
         return [{**r, "turns": data_prep.point_turns(self, r)} if split == "sft" else r for r in records]
 
@@ -1244,6 +1244,8 @@ def main(words):
     device_of(cfg), source_of(cfg.model)  # what is wrong with them is said before any work
     if cfg.mode == "study":
         return study(cfg, words)
+    if cfg.image and (cfg.mode != "show" or TASKS[cfg.task] is not Points):
+        raise UserError('image= needs mode=show task=points and question="..."')
     if cfg.mode == "train":
         profile = "" if cfg.profile == "default" else "-" + cfg.profile
         folder = Path(cfg.runs) / (cfg.run or f"{cfg.task}-{cfg.method}-seed{cfg.seed}{profile}")
@@ -1257,9 +1259,15 @@ def main(words):
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.mode == "show":  # a few maps are enough to choose from
         cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, maps=min(16, cfg.eval.maps)))
-    rows, _, episodes = evaluate(load_policy(cfg.model, cfg), task, cfg)
+    policy = load_policy(cfg.model, cfg)
+    if cfg.image:  # no box is known, so there is nothing to evaluate
+        starts = [begin(policy, task, e) for e in task.load("own")]
+        chosen = play(policy, task, starts, 1, cfg.eval.max_turns, torch.Generator(policy.device), greedy=True)
+    else:
+        rows, _, episodes = evaluate(policy, task, cfg)
+        chosen = data_prep.choose(task, episodes)
     if cfg.mode == "show":
-        data_prep.film_strip(folder / "episodes.png", task, data_prep.choose(task, episodes), cfg.model)
+        data_prep.film_strip(folder / "episodes.png", task, chosen, cfg.model)
         print(f"wrote {folder / 'episodes.png'}")
     else:
         print(data_prep.table({name: rows}))
