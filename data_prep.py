@@ -16,6 +16,7 @@ Contents
    10. Reading settings           settings_table, check_value, nest
    11. Files of a run             write_file, Stopped, Log, lock, open_run
    12. Report                     table, differences, report, study_report
+   13. Real models              Optimizer, KahanOptimizer, checkpoint_layers, check_memory, make_official
 
 A layout is a list of strings of S (start, the elf), F (frozen, safe), H (hole) and G (goal, the
 gift). Cells are (row, column), counted from the top left. `rng` is always a random.Random.
@@ -45,9 +46,10 @@ from pathlib import Path
 import numpy as np
 import safetensors.torch
 import torch
+import torch.utils.checkpoint
 import transformers
 import yaml
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 from tqdm import tqdm
 
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # (row, col)
@@ -99,6 +101,9 @@ LOOKS = {
 }
 
 
+# Pictures in the manner of the authors' data, whose colours these are; never among the splits made here.
+OFFICIAL = Look((240, 247, 252), (180, 200, 230), (70, 200, 245), (30, 120, 200), "disc", (60, 140, 60), (60, 140, 60),
+                (250, 190, 130), (60, 80, 120), (225, 140, 40), (225, 6, 0), (60, 0, 120))
 MIXES = tuple(f"mix{n:02d}" for n in range(40))   # random looks, for training
 
 
@@ -115,8 +120,8 @@ def look_of(name):
 
     Training on many colours is what lets a small model meet new ones, as a large one has met all.
     """
-    if name in LOOKS:
-        return LOOKS[name]
+    if name in LOOKS or name == "official":
+        return LOOKS.get(name, OFFICIAL)
     if name not in MIXES:
         raise UserError(f"unknown look {name!r}")
     rng, used = random.Random(name), []
@@ -206,10 +211,10 @@ def _bar(draw, a, b, width, colour):
                     int(max(a[0], b[0]) + half), int(max(a[1], b[1]) + half)), fill=colour)
 
 
-def draw_path(image, shape, start, moves, look="snow"):
+def draw_path(image, shape, start, moves, look="snow", box=None):
     """Feedback: a new RGB image with the path drawn on it. `image` itself is left alone.
 
-    shape: (rows, columns) of the grid, which fills the image. start: (row, column). moves: names
+    shape: (rows, columns) of the grid, which fills the image, or its box (left, top, right, bottom), in pixels. start: (row, column). moves: names
     from MOVES (KeyError otherwise). A hollow square marks the start, an arrow head the end, and a
     bar the edge where the path leaves the grid and stops. Drawing is purely geometric. It knows
     nothing of holes or goals: whether the path is right is for the model to see.
@@ -217,15 +222,16 @@ def draw_path(image, shape, start, moves, look="snow"):
     image = image.convert("RGB") if image.mode != "RGB" else image.copy()
     draw, look = ImageDraw.Draw(image), look_of(look)
     (rows, columns), (row, column) = shape, start
-    width, height = image.width / columns, image.height / rows   # of a cell, pixels
+    left, top, right, bottom = box or (0, 0, *image.size)
+    width, height = (right - left) / columns, (bottom - top) / rows   # of a cell, pixels
     unit = min(width, height)
     thick, used = max(2, round(unit / 6)), {}
-    first = here = ((column + 0.5) * width, (row + 0.5) * height)
-    step, left = None, False
+    first = here = (left + (column + 0.5) * width, top + (row + 0.5) * height)
+    step, outside = None, False
     for move in moves[:MAX_DRAWN]:
         dr, dc = step = MOVES[move]
-        left = not (0 <= row + dr < rows and 0 <= column + dc < columns)
-        if left:
+        outside = not (0 <= row + dr < rows and 0 <= column + dc < columns)
+        if outside:
             x, y = here[0] + dc * (width - thick) / 2, here[1] + dr * (height - thick) / 2
             _bar(draw, here, (x, y), thick, look.path)
             dx, dy = abs(dr) * (width - thick) * 0.5, abs(dc) * (height - thick) * 0.5
@@ -246,7 +252,7 @@ def draw_path(image, shape, start, moves, look="snow"):
     x, y = int(first[0]), int(first[1])
     for radius, colour in ((round(0.2 * unit), look.path), (round(0.07 * unit), look.ground)):
         draw.rectangle((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    if step and not left:
+    if step and not outside:
         (dy, dx), size, x, y = step, round(0.36 * unit), int(here[0]), int(here[1])
         tip, tail, side = size - 1, size // 2, size
         draw.polygon(((x + dx * tip, y + dy * tip),
@@ -1881,6 +1887,9 @@ def table(models):
         means = [np.mean(found) if (found := [row[c] for row in ood if row[c] is not None]) else None for c in columns]
         lines.append(line(name, "**mean ood**", sum(row["n"] for row in ood), *(f"**{percent(m)}**" for m in means),
                           f"{np.mean([row['turns'] for row in ood]):.1f}"))
+    drawn = {row["split"]: f"{row['drawn']} of {row['n']} in {row['split']}" for rows in models.values() for row in rows if row.get("drawn")}
+    if drawn:
+        lines.append(f"\nNot comparable with the authors' figures: pictures were drawn here, not theirs ({', '.join(drawn.values())}).")
     return "\n".join(lines)
 
 
@@ -2045,22 +2054,455 @@ def study_text(cfg):
     text += ["", f"{len(made)} runs, {sum(c['minutes'] for c in made):.0f} minutes in all; {device}. Test splits, {rows[0]['n']} questions each; percent; greedy unless said; "
              "in brackets the lowest and highest seed; intervals: bootstrap over seeds and maps."]
     return "\n".join(text).strip()
+# ---------------------------------------------------------------- 13. the authors' data and real models
+
+# ---- optimizers for bf16 weights
+
+
+class Optimizer:
+    """AdamW on fp32 copies of the weights that may change.
+
+    A bf16 number has 8 significant bits: added to the weight itself, an update below 1/256 of it would be rounded away.
+    """
+
+    def __init__(self, policy):
+        self.weights = [p for p in policy.model.parameters() if p.requires_grad]
+        self.copies = [p.detach().float().clone() for p in self.weights]
+        self.adam = torch.optim.AdamW(self.copies, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.skipped = 0  # steps in a row
+
+    def step(self, lr, clip):
+        """One update from the model's gradients, which are cleared. Returns their norm before clipping.
+
+        A step whose norm is not finite changes nothing; ten in a row raise UserError.
+        """
+        norm = self._clip(clip)
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped == 10:
+            raise UserError("ten steps in a row had a loss or gradient that is not finite: lower the learning rate and "
+                            "give run=ANOTHER_NAME; the last good checkpoint is kept")
+        if not self.skipped:
+            self._update(lr)
+        for weight in self.weights:
+            weight.grad = None
+        return norm
+
+    def _clip(self, clip):
+        for weight, copy in zip(self.weights, self.copies):
+            copy.grad = torch.zeros_like(copy) if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        return torch.nn.utils.clip_grad_norm_(self.copies, clip).item()
+
+    def _update(self, lr):
+        self.adam.param_groups[0]["lr"] = lr
+        self.adam.step()
+        self.adam.zero_grad()
+        self._publish()
+
+    @torch.no_grad()
+    def _publish(self):
+        torch._foreach_copy_(self.weights, self.copies)
+
+    def state(self):
+        """All that a checkpoint needs: {name: tensor}."""
+        found = {f"weight.{i}": copy for i, copy in enumerate(self.copies)}
+        for i, kept in self.adam.state_dict()["state"].items():
+            found |= {f"{name}.{i}": tensor for name, tensor in kept.items()}
+        return found
+
+    def restore(self, state):
+        """Go on from `state`; the model's weights are set as well."""
+        for i, copy in enumerate(self.copies):
+            copy.copy_(state[f"weight.{i}"])
+            kept = {name: state[f"{name}.{i}"] for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{i}" in state}
+            self.adam.state[copy] = {name: tensor.to(copy.device) for name, tensor in kept.items()}
+        self._publish()
+
+
+class KahanOptimizer(Optimizer):
+    """AdamW on the weights themselves, all its numbers in their type: half the memory of copies, for bf16 weights.
+
+    What rounding takes from a weight is kept in `rest` and added to its next update (Kahan's summation), so that small
+    updates add up. Second moments can be bf16 because beta2 is 0.95: with 0.999 they would stand still.
+    """
+
+    PART = 1 << 24  # numbers handled at once, in fp32
+
+    def __init__(self, policy):
+        self.weights = [p for p in policy.model.parameters() if p.requires_grad]
+        new = lambda: [torch.zeros_like(p, requires_grad=False) for p in self.weights]
+        self.rest, self.exp_avg, self.exp_avg_sq, self.steps, self.skipped = new(), new(), new(), 0, 0
+
+    def _clip(self, clip):
+        norms = [torch.linalg.vector_norm(w.grad, dtype=torch.float32) for w in self.weights if w.grad is not None]
+        norm = torch.stack(norms).norm().item() if norms else 0.0
+        self.scale = min(1.0, clip / (norm + 1e-6))
+        return norm
+
+    @torch.no_grad()
+    def _update(self, lr, beta1=0.9, beta2=0.95, eps=1e-8):
+        self.steps += 1
+        bias1, bias2 = 1 - beta1**self.steps, 1 - beta2**self.steps
+        for weight, *kept in zip(self.weights, self.rest, self.exp_avg, self.exp_avg_sq):
+            grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            for w, g, r, m, v in zip(*(t.view(-1).split(self.PART) for t in (weight, grad.contiguous(), *kept))):
+                g = g.float() * self.scale
+                m.copy_(torch.lerp(m.float(), g, 1 - beta1))
+                v.copy_(v.float() * beta2 + (1 - beta2) * g * g)
+                wanted = r.float() - lr / bias1 * m.float() / ((v.float() / bias2).sqrt() + eps)
+                old = w.float()
+                w.copy_(old + wanted)
+                r.copy_(wanted - (w.float() - old))
+
+    def state(self):
+        found = {"steps": torch.tensor(self.steps)}
+        for name, tensors in (("weight", self.weights), ("rest", self.rest), ("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            found |= {f"{name}.{i}": tensor.detach() for i, tensor in enumerate(tensors)}
+        return found
+
+    @torch.no_grad()
+    def restore(self, state):
+        self.steps = int(state["steps"])
+        for name, tensors in (("weight", self.weights), ("rest", self.rest), ("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
+            for i, tensor in enumerate(tensors):
+                tensor.copy_(state[f"{name}.{i}"])
+
+
+def optimizer_for(policy):
+    """The optimizer of policy.optimizer."""
+    return {"master": Optimizer, "kahan": KahanOptimizer}[optimizer_kind(policy.model, policy.cfg, policy.device)](policy)
+
+
+# ---- memory: less of it, and how much is needed
+
+
+def checkpoint_layers(model):
+    """Gradient checkpointing of every layer, language and vision: only what goes in is kept, the rest is computed again.
+
+    The library's own switch takes the cache away, which holds the opening that a group's rollouts share. Here a layer's
+    keys and values go into the checkpoint and come out of it, so that to compute it twice has no side effect.
+    """
+    for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
+        layer.forward = functools.partial(_checkpointed, layer)
+
+
+def _checkpointed(layer, hidden, past_key_values=None, **rest):
+    plain = functools.partial(type(layer).forward, layer)
+    if not torch.is_grad_enabled():
+        return plain(hidden, past_key_values=past_key_values, **rest) if past_key_values is not None else plain(hidden, **rest)
+    if past_key_values is None:
+        return torch.utils.checkpoint.checkpoint(functools.partial(plain, **rest), hidden, use_reentrant=False)
+    cache, number = past_key_values, layer.self_attn.layer_idx
+
+    def run(hidden, *old):
+        own = type(cache)()
+        if old:
+            own.layers[number], own.length = old, old[0].shape[2]
+        return plain(hidden, past_key_values=own, **rest), *own.layers[number]
+
+    old = [t[:, :, :cache.length] for t in cache.layers.get(number, ())]
+    hidden, *new = torch.utils.checkpoint.checkpoint(run, hidden, *old, use_reentrant=False)
+    cache.layers[number] = tuple(new)
+    return hidden
+
+
+def in_parts(function, *tensors, size=256):
+    """function(*tensors), a tuple of tensors, in parts of `size` rows that are computed again in the backward pass.
+
+    Logits of a real vocabulary take 0.6 MB a token in fp32, several times over.
+    """
+    parts = [torch.utils.checkpoint.checkpoint(function, *part, use_reentrant=False) for part in zip(*(t.split(size) for t in tensors))]
+    return tuple(torch.cat(part) for part in zip(*parts))
+
+
+MENDS = ("lower rl.micro, sft.micro, rl.at_once, eval.batch, policy.max_new, rl.max_turns or the pictures (nav.cell); choose policy.checkpointing=yes, "
+         "policy.optimizer=kahan, policy.keep_pictures=no, sft.freeze_vision=yes, rl.freeze_vision=yes; or do without the reference: rl.kl=0 rl.measure_kl=no")
+
+
+def memory_of(device):
+    """Bytes of the GPU, or of the machine for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def model_sizes(model, cfg):
+    """(parameters, those that are trained, bytes of a weight). model: as it is, or on the meta device."""
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    still = cfg.sft.freeze_vision and cfg.rl.freeze_vision
+    return count(model), count(model) - still * count(model.model.visual), next(model.parameters()).element_size()
+
+
+def optimizer_kind(model, cfg, device):
+    """"master" or "kahan". auto: master where all that stays in memory (16 bytes a trained parameter) leaves a quarter for the rest."""
+    parameters, trained, size = model_sizes(model, cfg)
+    models = 1 + bool(cfg.rl.kl or cfg.rl.measure_kl)  # whatever rl.steps is: all methods share their SFT model
+    fits = models * parameters * size + 16 * trained < 0.75 * memory_of(device)
+    return {"auto": "master" if fits else "kahan"}.get(cfg.policy.optimizer, cfg.policy.optimizer)
+
+
+def memory_needed(model, cfg, device, picture, training=True):
+    """{part: bytes} of a run at its worst: every turn of every conversation as long as it may be.
+
+    model: the model, or the same on the meta device. picture: visual tokens of the largest picture. Gradients and activations
+    on one side and the cache of sampling on the other are never there together. What CUDA and the libraries keep for
+    themselves is counted as 1 GB, as part of weights.
+    """
+    text, vision = model.config.text_config, model.config.vision_config
+    parameters, trained, size = model_sizes(model, cfg)
+    width, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
+    head = getattr(text, "head_dim", None) or width // heads
+    kv = 2 * text.num_key_value_heads * head * size                                    # bytes a token and layer
+    layer = (8 * width + 2 * heads * head + 3 * text.intermediate_size) * size + kv    # kept by one layer, a token
+    block = (6 * vision.hidden_size + 3 * vision.intermediate_size) * size             # kept by one vision layer, a patch
+    words = lambda t: len(t) // 3 + 8                                                  # tokens
+    opening = words(cfg.protocol.system) + words(cfg.protocol.question) + picture
+    answered = words(cfg.protocol.feedback) + picture
+    encoded = picture * (1 + len(getattr(vision, "deepstack_visual_indexes", ()))) * width * size   # bytes a picture
+
+    def update(rows, turns, turn, frozen):
+        """Activations of a micro-batch of `rows` conversations, with `turn` tokens in each turn."""
+        length = opening + turns * (turn + answered)
+        tokens, patches = rows * length, 0 if frozen else rows * (turns + 1) * picture * 4
+        scores = 3 * rows * heads * length**2 * size * (device.type == "cpu")          # the GPU's kernel keeps none
+        if cfg.policy.checkpointing:
+            kept = layers * tokens * (width * size + kv) + tokens * layer + scores
+            kept += patches * (vision.depth * vision.hidden_size * size + block)
+        else:
+            kept = layers * (tokens * layer + scores) + patches * vision.depth * block
+        return kept + 6 * 4 * text.vocab_size * (256 if cfg.policy.checkpointing else rows * turns * turn)
+
+    parts = dict.fromkeys(("weights", "optimizer", "reference", "gradients", "activations", "cache"), 0)
+    parts["weights"] = parameters * size + 10**9 * (device.type == "cuda")
+    sampling = [(cfg.eval.batch, cfg.eval.max_turns)]
+    if training:
+        kind = optimizer_kind(model, cfg, device)
+        parts["optimizer"] = trained * (12 if kind == "master" else 3 * size)
+        parts["activations"] = update(cfg.sft.micro, 6, 40, cfg.sft.freeze_vision)      # the longest traces have six short turns
+        if cfg.sft.freeze_vision and cfg.policy.keep_pictures:
+            parts["activations"] += 3 * cfg.nav.sft_traces * encoded
+        if cfg.rl.steps:
+            rollouts = cfg.rl.questions * cfg.rl.samples
+            parts["reference"] = parameters * size * bool(cfg.rl.kl or cfg.rl.measure_kl)
+            kept = rollouts * cfg.rl.max_turns * encoded * (cfg.rl.freeze_vision and cfg.policy.keep_pictures)
+            found = update(cfg.rl.micro, cfg.rl.max_turns, cfg.policy.max_new, cfg.rl.freeze_vision) + kept
+            parts["activations"] = max(parts["activations"], found)
+            sampling.append((cfg.rl.at_once or rollouts, cfg.rl.max_turns))
+        # The copies' gradients are fp32, at a moment without activations.
+        parts["gradients"] = max(trained * size, 4 * trained * (kind == "master") - parts["activations"])
+    parts["cache"] = max(rows * (opening + turns * (cfg.policy.max_new + answered)) for rows, turns in sampling) * layers * kv
+    return parts
+
+
+def memory_sum(parts):
+    """Bytes needed at once, with a twentieth for what is lost between the pieces."""
+    stay = parts["weights"] + parts["optimizer"] + parts["reference"]
+    return 1.05 * (stay + max(parts["gradients"] + parts["activations"], parts["cache"]))
+
+
+def check_memory(source, cfg, device, dtype, task):
+    """Say how much memory a run will need, before its model is loaded; UserError with what to lower if there is less."""
+    try:
+        config, processor = transformers.AutoConfig.from_pretrained(source), image_processor(source)
+        with torch.device("meta"):
+            model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    except Exception as error:  # half a download, another architecture: the libraries raise many kinds
+        raise UserError(f"model={cfg.model} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
+    training = cfg.mode == "train"
+    splits = ["train"] * training + [f"{cfg.eval.splits}_{name}" for name in task.SPLITS]
+    images = [task.image(example) for split in splits for example in task.load(split)[:32]]
+    picture = max(processor.get_number_of_image_patches(i.height, i.width) // processor.merge_size**2 for i in images)
+    parts, has = memory_needed(model, cfg, device, picture, training), memory_of(device)
+    gb = lambda n: f"{n / 1e9:.1f}"
+    line = f"needs about {gb(memory_sum(parts))} GB: " + ", ".join(f"{name} {gb(n)}" for name, n in parts.items()) + f"; has {gb(has)} GB"
+    if memory_sum(parts) > has:
+        raise UserError(f"{line}; {MENDS}")
+    print(line, file=sys.stderr)
+
+
+# ---- loading
+
+
+def image_processor(source):
+    """The image processor of a folder or hub name, in the class that needs no torchvision: Qwen2.5-VL and Qwen3-VL share it."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    return Qwen2VLImageProcessorPil.from_pretrained(source)
+
+
+def load_tokenizer(source):
+    """The tokenizer of a folder or hub name, with a chat template that knows images.
+
+    Some releases have two templates: the tokenizer's, for text alone, and the processor's in chat_template.json.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    if "image" not in str(tokenizer.chat_template):
+        file = transformers.utils.cached_file(source, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        if not file or "image" not in (template := json.loads(Path(file).read_text())["chat_template"]):
+            raise UserError("it has no chat template with images")
+        tokenizer.chat_template = template
+    return tokenizer
+
+
+# ---- the authors' navigation data
+
+
+def make_official(data, cfg, maps="", evals=""):
+    """The authors' training maps and eval files as a data folder under `data`, for nav.folder. Returns the folder.
+
+    maps: their JSON of training maps; evals: of test maps, or several with commas between. Either may be missing. The splits:
+    `train` and `sft` (our demonstrations, on their maps), `test_id` up to 5x5 and `test_size` beyond, sizes in turn. A PNG that
+    lies where the file names it is used as it is; another picture is drawn here and its record marked `drawn`.
+    """
+    splits, used = {"train": [], "test_id": [], "test_size": []}, hashlib.sha256(json.dumps([cfg.nav.cell, cfg.nav.sft_traces]).encode())
+    for file in (Path(name) for name in (maps, *evals.split(",")) if name):
+        for record in _read_official(file, training=str(file) == maps):
+            used.update(json.dumps([record["id"], record["layout"], bool(record["picture"])]).encode())
+            size = max(len(record["layout"]), len(record["layout"][0]))
+            splits["train" if str(file) == maps else "test_id" if size <= 5 else "test_size"].append(record)
+    if not any(splits.values()):
+        raise UserError("official: give maps=FILE (training maps), eval=FILE (test maps) or both")
+    folder = Path(data) / f"official-{used.hexdigest()[:8]}"
+    if (folder / "data.json").is_file():
+        return folder
+    building = folder.with_name(f"{folder.name}.tmp")
+    with lock(folder.parent, wait=True):
+        shutil.rmtree(building, ignore_errors=True)
+        try:
+            (building / "images").mkdir(parents=True)
+            _fill_official(building, {name: records for name, records in splits.items() if records}, cfg)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(building, folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _read_official(file, training):
+    """[{"id", "layout", "picture": path or None}] of one of the authors' files. UserError with the number of the entry."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read as JSON ({error})") from None
+    found, seen = [], set()
+    for number, entry in enumerate(entries if isinstance(entries, list) else [None], 1):
+        try:
+            about = entry if training else entry["metadata"]
+            layout = ["".join(row) for row in about["layout"]]
+            name = entry["map_id"] if training else f"{about['level']}x{about['level']}-{entry['id']}"
+            image = entry.get("input_image", "") if training else entry["input_map"]  # the 5x5 training maps come without
+            picture = (file.parent / image).resolve()
+            start, goal = (divmod(int(about[key]), len(layout[0])) for key in ("start_pos", "target_pos"))
+        except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+            raise UserError(f"{file}: entry {number} is not one of the authors' maps ({error!r})") from None
+        try:
+            check_layout(layout)
+            if (find_cell(layout, "S"), find_cell(layout, "G")) != (start, goal):
+                raise UserError("start_pos or target_pos is not where the layout has S and G")
+            if not re.fullmatch(r"[\w.-]+", name) or name in seen:
+                raise UserError(f"id {name!r} is used twice or is no plain name")
+            if not picture.is_relative_to(file.parent.resolve()):
+                raise UserError(f"image {image!r} leaves the folder")
+        except UserError as error:
+            raise UserError(f"{file}: entry {number}: {error}") from None
+        seen.add(name)
+        found.append({"id": name, "layout": layout, "picture": picture if picture.is_file() else None})
+    return found
+
+
+def _fill_official(folder, splits, cfg):
+    rng, total = random.Random(f"{cfg.nav.seed} official"), sum(map(len, splits.values()))
+    with tqdm(total=total, desc="maps", unit="map", disable=None) as bar:
+        for split, records in splits.items():
+            # Sizes in turn: the first 250, which an evaluation takes by default, are then of all sizes alike.
+            turn, counts = [], Counter()
+            for record in records:
+                counts[len(record["layout"])] += 1
+                turn.append((counts[len(record["layout"])], len(record["layout"])))
+            splits[split] = records = [record for _, record in sorted(zip(turn, records), key=lambda pair: pair[0])]
+            for record in records:
+                picture, layout = record.pop("picture"), record["layout"]
+                record |= {"image": f"images/{split}-{record['id']}.png", "look": "official"}
+                if picture:
+                    image = load_image(picture)
+                    # Their grid has a white margin.
+                    record["box"] = list(ImageChops.difference(image, Image.new("RGB", image.size, "white")).getbbox() or (0, 0, *image.size))
+                else:
+                    image, record["drawn"] = draw_grid(layout, "official", cfg.nav.cell), "here"
+                image.save(folder / record["image"], compress_level=1)
+                bar.update()
+    if "train" in splits:
+        chosen = rng.sample(splits["train"], min(cfg.nav.sft_traces, len(splits["train"])))
+        splits["sft"] = [_sft_record(index, record, rng) for index, record in enumerate(chosen)]
+    for split, records in splits.items():
+        _write_safely(folder / f"{split}.jsonl", "".join(json.dumps(record) + "\n" for record in records).encode())
+    drawn = {split: sum("drawn" in record for record in records) for split, records in splits.items()}
+    about = {"task": "navigation", "from": "the authors' release, github.com/fc2869/VRRL (Apache-2.0)", "drawn_here": drawn,
+             "counts": {split: len(records) for split, records in splits.items()},
+             "splits": [split[5:] for split in splits if split.startswith("test_")]}
+    _write_safely(folder / "data.json", (json.dumps(about, indent=2) + "\n").encode())
+
+
+def read_splits(folder):
+    """The names of the test splits of a data folder that data_prep.py official has made."""
+    try:
+        return tuple(json.loads((folder / "data.json").read_text())["splits"])
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"nav.folder={folder}: no folder that `python data_prep.py official` has made") from None
+
+
+PROTOCOL = {"system": "protocol.system", "question": "protocol.question", "first_user": "protocol.question",
+            "feedback": "protocol.feedback", "feedback_user": "protocol.feedback", "max_turns_eval": "eval.max_turns"}
+
+
+def read_protocol(path):
+    """The settings that a protocol file holds: JSON with texts `system`, `question` (or `first_user`) and `feedback` (`feedback_user`).
+
+    `max_turns_eval` is the turn limit of evaluation. `order`, if it is there, must name texts and images in our order: the
+    question's text before its image, the feedback's image before its text. Other keys are remarks. Raises UserError.
+    """
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"protocol={path}: cannot be read as JSON ({error})") from None
+    found = {PROTOCOL[key]: value for key, value in given.items() if key in PROTOCOL} if isinstance(given, dict) else {}
+    for key in ("protocol.question", "protocol.feedback"):
+        if not isinstance(found.get(key), str):
+            names = " or ".join(name for name, setting in PROTOCOL.items() if setting == key)
+            raise UserError(f"protocol={path}: needs a text {names}")
+    if re.findall("text|image", str(given.get("order", ""))) not in ([], ["text", "text", "image", "image", "text"]):
+        raise UserError(f"protocol={path}: its order of texts and images is not ours: question text, image; feedback image, text")
+    return found
 
 
 def main(words):
-    """`python data_prep.py NAME [key=value ...]`: the data folder of a task, or the embedded model."""
+    """`python data_prep.py NAME [key=value ...]`: the data folder of a task, the authors' data, or the embedded model."""
     import vrrl   # here, not above: vrrl imports this file, and only vrrl reads config.yaml
     name, *rest = words or [""]
+    files = {}
+    if name == "official":  # maps=FILE eval=FILE, or --maps FILE --eval FILE
+        given, rest = iter(rest), []
+        for word in given:
+            key, _, file = word.removeprefix("--").partition("=")
+            if key in ("maps", "eval"):
+                files[key] = file or next(given, "")
+            else:
+                rest.append(word)
     cfg, _ = vrrl.read_config(rest)
     torch.set_num_threads(cfg.threads or os.cpu_count())
     if name == "embedded":
         make_embedded(vrrl.HERE / cfg.model, cfg)
     elif name == "study":
         print(study_text(cfg))
+    elif name == "official":
+        folder = make_official(cfg.data, cfg, files.get("maps", ""), files.get("eval", ""))
+        about = json.loads((folder / "data.json").read_text())
+        for split, count in about["counts"].items():
+            print(f"{split}: {count} maps, {about['drawn_here'][split]} of them drawn here: their PNGs do not lie beside the file")
+        print(f"use it with nav.folder={folder}")
     elif name in vrrl.TASKS:
         print(vrrl.TASKS[name](cfg).folder)
     else:
-        raise vrrl.UserError(f"'{name}' is not something to make; one of: {', '.join(vrrl.TASKS)}, embedded, study")
+        raise vrrl.UserError(f"'{name}' is not something to make; one of: {', '.join(vrrl.TASKS)}, official, embedded, study")
 
 
 if __name__ == "__main__":
