@@ -1457,7 +1457,7 @@ class Steps:
     def take(self, count, upto=None):
         module = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.zeros_(module.weight)
-        self.optimizer, self.seen = vrrl.Optimizer(SimpleNamespace(model=module)), []
+        self.optimizer, self.seen = data_prep.Optimizer(SimpleNamespace(model=module)), []
         for step in self.log.steps("rl", count, self.optimizer, lambda: {"seen": self.seen}, lambda state: self.seen.extend(state["seen"])):
             if step == upto:
                 break
@@ -1545,7 +1545,7 @@ def test_bf16_weights_would_stay_where_they_are_and_the_copies_move():
     module = torch.nn.Linear(64, 64, bias=False).to(torch.bfloat16)
     plain = copy.deepcopy(module)
     start = module.weight.detach().clone()
-    ours, theirs = vrrl.Optimizer(SimpleNamespace(model=module)), torch.optim.AdamW(plain.parameters(), lr=5e-7, weight_decay=0.0)
+    ours, theirs = data_prep.Optimizer(SimpleNamespace(model=module)), torch.optim.AdamW(plain.parameters(), lr=5e-7, weight_decay=0.0)
     for _ in range(400):
         for m, step in ((module, lambda: ours.step(5e-7, 1e9)), (plain, lambda: (theirs.step(), theirs.zero_grad()))):
             m.weight.sum().backward()

@@ -57,10 +57,10 @@ from tqdm import tqdm
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import transformers
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import data_prep
-from data_prep import Log, Stopped, UserError, device_of, dtype_of, save_policy, source_of, write_file
+from data_prep import Log, Stopped, UserError, device_of, dtype_of, optimizer_for, save_policy, source_of, write_file
 
 transformers.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
@@ -82,12 +82,14 @@ def read_config(words=(), file=HERE / "config.yaml"):
         key, equals, text = word.partition("=")
         if not equals:
             raise UserError(f"'{word}' is not key=value; for example: method=rl seed=3")
-        given[data_prep.check_key(key, spec)] = text
+        given[data_prep.check_key("protocol.file" if key == "protocol" else key, spec)] = text
     flat = {key: default for key, (default, _, _) in spec.items()}
     for table in ("task", "profile", "method"):
         row = str(given.get(table, flat[table]))
         data_prep.check_value(table, row, spec[table])
         flat.update({data_prep.check_key(key, spec): value for key, value in config[table + "s"][row].items()})
+    if file := given.get("protocol.file", flat["protocol.file"]):
+        flat.update(data_prep.read_protocol(file))
     flat.update(given)
     flat = {key: data_prep.check_value(key, flat[key], entry) for key, entry in spec.items()}
     return data_prep.nest(flat), flat
@@ -111,9 +113,13 @@ class Navigation:
     def __init__(self, cfg, show=True):
         # Keyed by its settings, so that the data of a smoke run is never taken for the real thing.
         made = dataclasses.asdict(cfg.nav)
-        self.key = data_prep.key_of(made)  # what of the task decides its demonstrations
-        self.words, self.folder = cfg.protocol, Path(cfg.data) / f"navigation-{self.key}"
-        data_prep.make_navigation(self.folder, **made, progress=show)
+        folder, self.words = made.pop("folder"), cfg.protocol
+        self.key = data_prep.key_of(folder or made)  # what of the task decides its demonstrations
+        self.folder = Path(folder or Path(cfg.data) / f"navigation-{self.key}")
+        if folder:
+            self.SPLITS = data_prep.read_splits(self.folder)
+        else:
+            data_prep.make_navigation(self.folder, **made, progress=show)
 
     def load(self, split):
         """Examples of `train`, `sft`, `dev_*` or `test_*`: dicts with id, image, layout, look (and turns, for sft)."""
@@ -155,7 +161,7 @@ class Navigation:
         """The image with the attempt drawn on it."""
         layout = example["layout"]
         shape, start = (len(layout), len(layout[0])), data_prep.find_cell(layout, "S")
-        return data_prep.draw_path(self.image(example), shape, start, attempt, example.get("look", "snow"))
+        return data_prep.draw_path(self.image(example), shape, start, attempt, example.get("look", "snow"), example.get("box"))
 
 
 class Points:
@@ -169,7 +175,7 @@ class Points:
     lesson = staticmethod(data_prep.point_talk)
 
     def __init__(self, cfg, show=True):
-        self.words, self.cfg, self.processor = cfg.protocol, cfg.points, None if cfg.points.scale else image_processor(source_of(cfg.model))
+        self.cfg, self.processor = cfg.points, None if cfg.points.scale else data_prep.image_processor(source_of(cfg.model))
         self.folder, self.records = self.open(cfg, show)
         decides = {k: v for k, v in dataclasses.asdict(cfg.points).items() if k != "reach"}
         self.key = data_prep.key_of([decides, str(self.folder.name), self.records])
@@ -188,7 +194,7 @@ class Points:
 
     def question(self, example):
         """The text before the first image, and the text after each feedback image."""
-        return self.words.question.replace("{question}", example["question"]), self.words.feedback
+        return self.cfg.question.replace("{question}", example["question"]), self.cfg.reply
 
     @functools.lru_cache(maxsize=256)
     def _load(self, name):
@@ -344,8 +350,8 @@ class Policy:
         self.banned[sorted(banned)] = True
 
     def freeze_vision(self, frozen):
-        """Keep the vision tower as it is. Then each picture needs encoding only once."""
-        self.frozen = frozen
+        """Keep the vision tower as it is. Then each picture needs encoding only once, if there is memory to keep its features."""
+        self.frozen, self.keep = frozen, frozen and self.cfg.policy.keep_pictures
         self.model.model.visual.requires_grad_(not frozen)
 
     # ---- words to ids ----------------------------------------------------------------------------
@@ -392,13 +398,14 @@ class Policy:
 
         Each distinct picture is encoded once; with a frozen vision tower, once for as long as it lives.
         """
-        features = {id(q): q.features for q in pictures if self.frozen and q.features is not None}
+        features = {id(q): q.features for q in pictures if self.keep and q.features is not None}
         distinct = {id(q): q for q in pictures if id(q) not in features}.values()
         p, m = self.processor.patch_size, self.processor.merge_size
         size = lambda q: q.pixels.shape
         for shape, group in itertools.groupby(sorted(distinct, key=size), key=size):
             group = list(group)
-            for part in (group[i : i + 256] for i in range(0, len(group), 256)):  # 256 pictures a pass
+            most = max(1, min(256, (1 << 22) // (shape[0] * shape[1])))  # pictures a pass
+            for part in (group[i : i + most] for i in range(0, len(group), most)):
                 x = torch.from_numpy(np.stack([q.pixels for q in part])).to(self.device).float() / 255
                 x = ((x - self.mean) / self.std).to(self.model.dtype)
                 # (N, H, W, 3) -> rows of patches in the library's order: merge blocks, then the patches of a block,
@@ -413,7 +420,7 @@ class Policy:
                 deep = getattr(out, "deepstack_features", None) or []
                 for i, q in enumerate(part):
                     features[id(q)] = (out.pooler_output[i], [d[i] for d in deep])
-                    if self.frozen:
+                    if self.keep:
                         q.features = features[id(q)]
         return [features[id(q)] for q in pictures]
 
@@ -543,14 +550,15 @@ class Policy:
         at = [(row, column) for row, e in enumerate(episodes) for column, _ in e.actions]
         row, column = torch.tensor(at, device=self.device).T
         taken = torch.tensor([rows[r][c] for r, c in at], device=self.device)
-        logp = self.log_softmax(hidden[row, column])  # logits only where the loss looks
-        entropy = -(logp.exp() * logp.masked_fill(self.banned, 0)).sum(-1)
+        score = functools.partial(data_prep.in_parts, self.score) if self.cfg.policy.checkpointing else self.score
         counts = [len(e.actions) for e in episodes]
-        return logp.gather(1, taken[:, None])[:, 0].split(counts), entropy.detach().split(counts)
+        return [found.split(counts) for found in score(hidden[row, column], taken)]  # logits only where the loss looks
 
-
-def image_processor(source):
-    return Qwen2VLImageProcessorPil.from_pretrained(source)
+    def score(self, hidden, taken):
+        """Log-probs of the tokens taken (N,) and entropies (N,), from the hidden states (N, D) that predict them."""
+        logp = self.log_softmax(hidden)
+        entropy = -(logp.exp() * logp.masked_fill(self.banned, 0)).sum(-1)
+        return logp.gather(1, taken[:, None])[:, 0], entropy.detach()
 
 
 def load_policy(name, cfg):
@@ -560,8 +568,9 @@ def load_policy(name, cfg):
         model = transformers.AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype_of(cfg, device),
             attn_implementation={"text_config": "grouped" if device.type == "cpu" else "sdpa", "vision_config": "sdpa"})
-        return Policy(model.to(device).eval(), transformers.AutoTokenizer.from_pretrained(source),
-                      image_processor(source), cfg)
+        if cfg.policy.checkpointing:
+            data_prep.checkpoint_layers(model)
+        return Policy(model.to(device).eval(), data_prep.load_tokenizer(source), data_prep.image_processor(source), cfg)
     except Exception as error:  # half a download, another architecture: the libraries raise many kinds
         raise UserError(f"model={name} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
 
@@ -875,73 +884,23 @@ def demonstration(policy, task, example):
     return episode
 
 
-def supervise(policy, batch, steps, lr, title, log, micro=16):
+def supervise(policy, batch, steps, lr, title, log):
     """AdamW on the mean negative log-prob of the taught tokens; `batch(step)` is a list of Episodes.
 
     The rate warms up over a tenth of the steps (100 at most) and falls to a tenth along a cosine.
     """
-    optimizer, warmup = Optimizer(policy), max(1, min(100, steps // 10))
+    optimizer, warmup = optimizer_for(policy), max(1, min(100, steps // 10))
     for step in log.steps(title, steps, optimizer):
         rate = lr * min(1.0, step / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
         episodes = sorted(batch(step), key=lambda e: len(e.opening) + len(e.rest))  # little padding
         tokens, total = sum(len(e.actions) for e in episodes), 0.0
+        micro = policy.cfg.sft.micro
         for part in (episodes[i : i + micro] for i in range(0, len(episodes), micro)):
             loss = -torch.cat(policy.log_probs(part)[0]).sum() / tokens
             loss.backward()
             total += loss.item()
         norm = optimizer.step(rate, clip=1.0)
         log({"stage": title, "step": step, "loss": total, "grad_norm": norm, "skipped": optimizer.skipped, "lr": rate})
-
-
-class Optimizer:
-    """AdamW on fp32 copies of the weights that may change.
-
-    A bf16 number has 8 significant bits: added to the weight itself, an update below 1/256 of it would be rounded away.
-    """
-
-    def __init__(self, policy):
-        self.weights = [p for p in policy.model.parameters() if p.requires_grad]
-        self.copies = [p.detach().float().clone() for p in self.weights]
-        self.adam = torch.optim.AdamW(self.copies, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-        self.skipped = 0  # steps in a row
-
-    def step(self, lr, clip):
-        """One update from the model's gradients, which are cleared. Returns their norm before clipping.
-
-        A step whose norm is not finite changes nothing; ten in a row raise UserError.
-        """
-        for weight, copy in zip(self.weights, self.copies):
-            copy.grad = torch.zeros_like(copy) if weight.grad is None else weight.grad.float()
-            weight.grad = None
-        norm = torch.nn.utils.clip_grad_norm_(self.copies, clip).item()
-        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
-        if self.skipped == 10:
-            raise UserError("ten steps in a row had a loss or gradient that is not finite: lower the learning rate and "
-                            "give run=ANOTHER_NAME; the last good checkpoint is kept")
-        if not self.skipped:
-            self.adam.param_groups[0]["lr"] = lr
-            self.adam.step()
-            self.publish()
-        return norm
-
-    @torch.no_grad()
-    def publish(self):
-        torch._foreach_copy_(self.weights, self.copies)
-
-    def state(self):
-        """All that a checkpoint needs: {name: tensor}."""
-        found = {f"weight.{i}": copy for i, copy in enumerate(self.copies)}
-        for i, kept in self.adam.state_dict()["state"].items():
-            found |= {f"{name}.{i}": tensor for name, tensor in kept.items()}
-        return found
-
-    def restore(self, state):
-        """Go on from `state`; the model's weights are set as well."""
-        for i, copy in enumerate(self.copies):
-            copy.copy_(state[f"weight.{i}"])
-            kept = {name: state[f"{name}.{i}"] for name in ("step", "exp_avg", "exp_avg_sq") if f"{name}.{i}" in state}
-            self.adam.state[copy] = {name: tensor.to(copy.device) for name, tensor in kept.items()}
-        self.publish()
 
 
 @functools.lru_cache(maxsize=8)
@@ -968,7 +927,7 @@ def sft(policy, task, cfg, log):
     answer = lambda e: {**e, "turns": [{"text": e["turns"][-1]["text"].replace("FINAL", "ANSWER"), "loss": True}]}
     for title, steps, traces in (("first", cfg.sft.first_steps, map(answer, examples)), ("sft", cfg.sft.steps, examples)):
         traces = [demonstration(policy, task, e) for e in traces] if steps else []
-        if policy.frozen:  # now, in one order: rounding depends on which pictures are encoded together
+        if policy.keep:  # now, in one order: rounding depends on which pictures are encoded together
             with torch.no_grad():
                 policy.encode_pictures([p for e in traces for p in (*e.opening_pictures, *e.rest_pictures)])
         supervise(policy, lambda step: items_of(traces, cfg.sft.batch, step, cfg.seed), steps, cfg.sft.lr, title, log)
@@ -984,11 +943,18 @@ def average(values):
 
 
 def rl(policy, reference, task, cfg, log):
-    """VRRL, or what the method's row leaves of it, from the SFT model `policy`; `reference` is its frozen copy."""
+    """VRRL, or what the method's row leaves of it, from the SFT model `policy`; `reference` is its frozen copy, or None."""
     policy.freeze_vision(cfg.rl.freeze_vision)
-    reference.freeze_vision(True)
-    optimizer, buffer, examples, group = Optimizer(policy), RollInBuffer(cfg.buffer), task.load("train"), cfg.rl.samples
+    if reference:
+        reference.freeze_vision(True)
+    optimizer, buffer, examples, group = optimizer_for(policy), RollInBuffer(cfg.buffer), task.load("train"), cfg.rl.samples
     restore = lambda state: buffer.restore(state, task, examples)
+    at_once = max(1, (cfg.rl.at_once or cfg.rl.questions * group) // group)  # questions
+
+    def roll_out(starts, turns, generator):
+        parts = (starts[at : at + at_once] for at in range(0, len(starts), at_once))
+        return [e for part in parts for e in play(policy, task, part, group, turns, generator, training=True)]
+
     for step in log.steps("rl", cfg.rl.steps, optimizer, buffer.state, restore):
         began = time.time()
         # All that is random in a step hangs on its number alone: a run that was stopped goes on as if it had not been.
@@ -1000,8 +966,7 @@ def rl(policy, reference, task, cfg, log):
         for example in items_of(examples, cfg.rl.questions, step, cfg.seed):
             rollin = buffer.draw(step, rng) if rng.random() >= cfg.rl.rtm_share else None
             rolled.append(rollin.start(policy, task)) if rollin else fresh.append(begin(policy, task, example))
-        fresh = play(policy, task, fresh, group, cfg.rl.max_turns, generator, training=True)
-        rolled = play(policy, task, rolled, group, cfg.rl.rollin_turns, generator, training=True)
+        fresh, rolled = roll_out(fresh, cfg.rl.max_turns, generator), roll_out(rolled, cfg.rl.rollin_turns, generator)
         episodes = fresh + rolled
         sampled = time.time()
 
@@ -1026,7 +991,7 @@ def rl(policy, reference, task, cfg, log):
             batch = [episodes[i] for i in part]
             logps, entropies = policy.log_probs(batch)
             refs = logps  # not looked at unless there is a KL term
-            if cfg.rl.kl or at == 0:  # without one, the divergence is measured on one micro-batch only, the shortest rollouts
+            if reference and (cfg.rl.kl or at == 0):  # without one, the divergence is measured on one micro-batch only, the shortest rollouts
                 with torch.no_grad():
                     refs = reference.log_probs(batch)[0]
                     divergence.append(kl_terms(torch.cat(logps), torch.cat(refs)).mean().item())
@@ -1137,6 +1102,8 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
             "after_turn": [average(reached(e, turn) for e in own) for turn in range(cfg.eval.max_turns)],
             "first_by_map": data_prep.bits(first), "final_by_map": data_prep.bits(final)}
         rows.append(row)
+        if drawn := sum("drawn" in example for example in examples):  # not the pictures of the data's authors
+            row["drawn"] = drawn
         if brief:
             continue
         row["sampled_final"] = average(solved(task, e) for e in run([begin(policy, task, e) for e in examples], greedy=False))
@@ -1198,17 +1165,21 @@ def train(cfg, flat, words, folder):
     print(f"run folder: {folder}", file=sys.stderr)
     log.stage("data")
     base_cfg, base_flat = read_config([*words, "method=sft"])  # what this method is compared with, and starts from
+    data_prep.check_memory(source_of(cfg.model), cfg, device_of(cfg), dtype_of(cfg, device_of(cfg)), task)
     base, base_folder = sft_model(base_cfg, base_flat, task)
     log.stage("sft")
     models = {}
     models["sft"], fixed = evaluated(base_folder, base, task, base_cfg)
     log.stage("evaluate sft")
+    del base  # its memory is needed
     policy, own_folder = sft_model(cfg, flat, task)
     if not (folder / "checkpoints").is_dir():
         write_file(folder / "metrics.jsonl", (own_folder / "metrics.jsonl").read_text())
     log.stage("start model")
     if cfg.rl.steps:
-        rl(policy, load_policy(own_folder / "model", cfg), task, cfg, log)
+        reference = load_policy(own_folder / "model", cfg) if cfg.rl.kl or cfg.rl.measure_kl else None
+        rl(policy, reference, task, cfg, log)
+        del reference
         log.stage("rl")
     rows, _, episodes = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}")
     models[cfg.method] = rows
@@ -1257,6 +1228,7 @@ def main(words):
     if (folder / "settings.yaml").exists():
         raise UserError(f"{folder} holds a training run: give run=ANOTHER_NAME")
     folder.mkdir(parents=True, exist_ok=True)
+    data_prep.check_memory(source_of(cfg.model), cfg, device_of(cfg), dtype_of(cfg, device_of(cfg)), task)
     if cfg.mode == "show":  # a few maps are enough to choose from
         cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, maps=min(16, cfg.eval.maps)))
     policy = load_policy(cfg.model, cfg)
@@ -1286,6 +1258,8 @@ def run_main(function, words):
         raise SystemExit(130) from None
     except UserError as error:
         message = error
+    except (torch.OutOfMemoryError, MemoryError):
+        message = f"out of memory: {data_prep.MENDS}"
     except OSError as error:  # a folder that cannot be written, a full disk
         message = f"{error.filename or 'writing'}: {error.strerror or error}; mend that, or choose other folders with runs= and data="
     else:
