@@ -763,7 +763,7 @@ def table_figure(rng, size, look, kind):
             form, most = rng.choice(("{:.0f}", "{:.1f}", "{:,.0f}")), 10 ** rng.randint(2, 4)
             labels |= {(r, c): form.format(rng.uniform(0, most)) for r in range(1, rows + 1)}
         need = [max(math.ceil(font.getlength(labels.get((r, c), ""))) for r in range(rows + 1)) for c in range(columns + 1)]
-        spare = max(400, min(880, sum(need) + (columns + 1) * rng.randint(16, 60))) - sum(need)
+        spare = max(424, min(870, sum(need) + (columns + 1) * rng.randint(16, 60))) - sum(need)
         widths = [n + spare // (columns + 1) + rng.randint(-2, 2) for n in need]
         heights = [font.getbbox("Ag")[3] + rng.randint(10, 20)] * (rows + 1)
         align = rng.choice((0.5, 0.9))
@@ -949,7 +949,7 @@ def _figure_plan(task, kind, train, test, dev):
 
     def items(count, sizes, looks):
         pairs = [(r, c) for r in sizes for c in sizes] if task == "table" else list(sizes)
-        return [(pairs[i % len(pairs)], looks[i // len(pairs) % len(looks)]) for i in range(count)]
+        return [(pairs[i % len(pairs)], looks[(i + i // len(pairs)) % len(looks)]) for i in range(count)]   # every pair of both
 
     for part, count in (("test", test), ("dev", dev)):
         for split, sizes, looks in (("id", small, ["paper"]), ("size", large, ["paper"]), ("look", small, others), ("both", large, others)):

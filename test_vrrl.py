@@ -234,9 +234,10 @@ def test_every_method_and_profile_is_a_row_that_builds():
     spec, config = data_prep.settings_table()
     for name in ("method", "profile"):
         assert set(config[name + "s"]) == set(spec[name][1].split("|"))
-    for method, profile in itertools.product(config["methods"], config["profiles"]):
-        cfg, flat = vrrl.read_config([f"method={method}", f"profile={profile}"])
-        expected = {**config["profiles"][profile], **config["methods"][method]}
+    assert set(config["tasks"]) == set(vrrl.TASKS) == set(spec["task"][1].split("|"))
+    for task, method, profile in itertools.product(config["tasks"], config["methods"], config["profiles"]):
+        cfg, flat = vrrl.read_config([f"task={task}", f"method={method}", f"profile={profile}"])
+        expected = {**config["tasks"][task], **config["profiles"][profile], **config["methods"][method]}
         assert {k: flat[k] for k in expected} == expected and (cfg.method, cfg.rl.steps) == (method, flat["rl.steps"])
 
 
@@ -418,6 +419,280 @@ def test_a_missing_data_file_and_a_broken_image_are_one_clear_line(capsys, home,
     assert example["image"] in fails(capsys, [], lambda words: other.image(example))
     (other.folder / "train.jsonl").unlink()
     assert "train.jsonl" in fails(capsys, [], lambda words: other.load("train"))
+
+
+# Tables, charts and one's own data.
+
+POINTING = {"table": vrrl.Table, "chart": vrrl.Chart}
+FIGURES = [(task, kind) for task in ("table", "chart") for kind in ("embedded", "text")]
+
+
+@pytest.fixture(scope="session")
+def pointing(home):
+    """The tasks of every kind of picture, by (task, kind)."""
+    return {(name, kind): POINTING[name](settings(home, f"task={name}", f"points.kind={kind}", f"points.scale={20 if kind == 'embedded' else 1000}",
+                                                  "points.test=12", "points.dev=8"), show=False) for name, kind in FIGURES}
+
+
+def pixels_inside(task, example):
+    """Attempts whose pixel lies in the box, found by walking over the pixels that the box covers."""
+    (width, height), (x0, y0, x1, y1), scale = example["size"], example["box"], task.cfg.scale
+    return {(x, y) for x in range(scale + 1) for y in range(scale + 1) if x0 <= x * width / scale < x1 and y0 <= y * height / scale < y1}
+
+
+@pytest.mark.parametrize("name, kind", FIGURES)
+@pytest.mark.parametrize("look", ["paper", "slate", "sand", "print", "mix07"])
+def test_a_box_is_exactly_the_pixels_of_its_target(name, kind, look):
+    rng = random.Random(f"{name} {kind} {look}")
+    for size in [(3, 5), (7, 6)] * 6 if name == "table" else [3, 5, 8] * 4:
+        figure = data_prep.FIGURES[name](rng, size, look, kind)
+        changed = np.any(np.asarray(figure.paint()) != np.asarray(figure.paint(fill=(1, 2, 3))), -1)
+        ys, xs = np.nonzero(changed)
+        assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == tuple(figure.box)
+        full = (figure.box[2] - figure.box[0]) * (figure.box[3] - figure.box[1])
+        assert changed.sum() > 0.6 * full  # a disc fills 3/4 of its square, digits stand in a cell
+        assert figure.paint().tobytes() == figure.paint().tobytes() and len(figure.near) > 1
+        assert not any(max(a[0], figure.box[0]) < min(a[2], figure.box[2]) and max(a[1], figure.box[1]) < min(a[3], figure.box[3]) for a in figure.near)
+
+
+def test_an_embedded_table_asks_for_the_cell_where_the_marks_of_its_headers_meet():
+    style, rng = data_prep.STYLES["paper"], random.Random(0)
+    for _ in range(40):
+        figure = data_prep.table_figure(rng, (rng.randint(3, 7), rng.randint(3, 7)), "paper", "embedded")
+        pixels = np.asarray(figure.paint())
+        xs = np.nonzero((pixels[4] == style.column).all(-1))[0]
+        ys = np.nonzero((pixels[:, 4] == style.row).all(-1))[0]
+        assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == figure.box
+        assert pixels.shape[0] % 16 == 0 and pixels.shape[1] % 16 == 0
+
+
+def test_an_embedded_chart_asks_for_the_bar_that_is_tallest_shortest_or_marked():
+    style, rng, asked = data_prep.STYLES["paper"], random.Random(0), Counter()
+    for _ in range(60):
+        figure = data_prep.chart_figure(rng, rng.randint(3, 8), "paper", "embedded")
+        pixels, word = np.asarray(figure.paint()), figure.question.split()[-1]
+        bars = ((pixels == style.bar) | (pixels == style.column)).all(-1)
+        high = {x: int(bars[:, x].sum()) for x in np.nonzero(bars.any(0))[0]}
+        x0, y0, x1, y1 = figure.box
+        rest = [h for x, h in high.items() if not x0 <= x < x1]
+        assert {"tallest": high[x0] >= max(rest) + 3, "shortest": high[x0] <= min(rest) - 3,
+                "marked": (pixels[y0:y1, x0:x1] == style.column).all()}[word]
+        asked[word] += 1
+    assert min(asked.values()) > 8 and len(asked) == 3
+
+
+@pytest.mark.parametrize("name", POINTING)
+def test_the_same_seed_makes_the_same_figures_and_another_does_not(tmp_path, name):
+    made = dict(kind="embedded", train=40, sft_traces=16, test=4, dev=4, progress=False)
+    for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
+        data_prep.make_figures(tmp_path / folder, name, seed=seed, **made)
+    a, b, c = (contents(tmp_path / folder) for folder in "abc")
+    assert a == b and a.keys() == c.keys() and a[Path("train.jsonl")] != c[Path("train.jsonl")]
+    assert {f"preview_{split}.png" for split in ["sft", *splits()]} <= {p.name for p in a}
+
+
+@pytest.mark.parametrize("name, kind", FIGURES)
+def test_splits_of_figures_are_disjoint_and_have_their_sizes_and_looks(pointing, name, kind):
+    task, seen = pointing[name, kind], []
+    for split in splits():
+        examples, part = task.load(split), split.split("_")[-1]
+        own = {"paper", *data_prep.MIXES} if part == "train" else {"slate", "sand", "print"} if part in ("look", "both") else {"paper"}
+        assert {e["look"] for e in examples} <= own and len({e["look"] for e in examples}) >= (part in ("look", "both", "train")) * 3
+        for e in examples:
+            image = task.image(e)
+            assert image.size == tuple(e["size"]) and 0 <= e["box"][0] < e["box"][2] <= image.width and 0 <= e["box"][1] < e["box"][3] <= image.height
+            assert kind == "embedded" or 400 <= max(image.size) <= 900
+            if (name, kind) == ("table", "embedded"):
+                assert image.height // 16 - 1 in ((6, 7) if part in ("size", "both") else (3, 4, 5))
+            if (name, kind) == ("chart", "embedded") and e["look"] in ("paper", "sand"):
+                assert image.width // 16 - 1 in ((6, 7, 8) if part in ("size", "both") else (3, 4, 5))
+        seen += [(image.size, image.tobytes()) for image in map(task.image, examples)]
+    assert len(set(seen)) == len(seen)
+    assert {e["image"] for e in task.load("sft")} <= {e["image"] for e in task.load("train")}
+
+
+@pytest.mark.parametrize("name, kind", FIGURES)
+def test_pointing_demonstrations_keep_to_the_protocol_and_say_where_the_target_lies(pointing, name, kind):
+    task, at_once = pointing[name, kind], 0
+    examples = task.load("sft")
+    for e in examples:
+        said = turns(task, *(t["text"] for t in e["turns"]))
+        assert vrrl.well_formed(task, said) and task.exact(e, said[-1].attempt)
+        assert not any(task.exact(e, t.attempt) for t in said[:-2])
+        assert [t["loss"] for t in e["turns"]] == ([True] * 2 if len(said) == 2 else [False] + ["think"] * (len(said) - 3) + [True] * 2)
+        for before, after in zip(said, said[1:-1]):
+            (x, y), (x0, y0, x1, y1) = task.pixel(e, before.attempt), e["box"]
+            words = ["right"] * (x < x0) + ["left"] * (x >= x1) + ["down"] * (y < y0) + ["up"] * (y >= y1)
+            assert after.thought == " ".join(words) and words
+        at_once += len(said) == 2
+    assert at_once == len(examples) / 2
+
+
+def test_pointing_is_exact_in_the_box_and_progress_falls_with_the_distance(pointing):
+    task = pointing["table", "embedded"]
+    for e in task.load("test_both"):
+        good, longer = pixels_inside(task, e), max(e["size"])
+        assert good
+        for attempt in itertools.product(range(21), repeat=2):
+            assert task.exact(e, attempt) == (attempt in good)
+            point = [a / 20 * side for a, side in zip(attempt, e["size"])]
+            distance = math.dist(point, np.clip(point, e["box"][:2], e["box"][2:])) / longer
+            assert task.progress(e, attempt) == pytest.approx(1 if attempt in good else min(0.99, max(0, 1 - distance / 0.5)))
+        assert task.attempt(e, ((e["box"][0] + e["box"][2]) / 2, (e["box"][1] + e["box"][3]) / 2)) in good
+
+
+def test_points_closer_than_the_setting_are_the_same_attempt(pointing):
+    embedded, text = pointing["table", "embedded"], pointing["table", "text"]
+    assert embedded.same((3, 4), (3, 4)) and not embedded.same((3, 4), (3, 5))
+    assert text.same((300, 400), (320, 430)) and not text.same((300, 400), (300, 446))
+
+
+@pytest.mark.parametrize("text, attempt", [
+    ("3 14", (3, 14)), ("3,14", (3, 14)), ("(3, 14)", (3, 14)), (" ( 3 14 ) ", (3, 14)), ("0 20", (0, 20)), ("21 3", None), ("3 21", None),
+    ("3", None), ("3 4 5", None), ("-3 4", None), ("3.5 4", None), ("x y", None), ("", None), ("3 14 down", None), ("٣ 4", None), ("9" * 400 + " 1", None),
+])
+def test_a_point_is_parsed_only_inside_its_scale(pointing, text, attempt):
+    assert pointing["chart", "embedded"].parse(text) == attempt
+
+
+@pytest.mark.parametrize("name, kind", FIGURES)
+def test_a_drawn_point_is_seen_in_every_look_and_each_point_differently(pointing, name, kind):
+    task = pointing[name, kind]
+    end = task.cfg.scale
+    for e in [*task.load("train")[:8], *task.load("test_look")]:
+        plain, drawn = np.asarray(task.image(e)).astype(int), set()
+        for attempt in [(0, 0), (end, end), (end // 2, end // 2), (end // 4, end // 2), (end // 2, 0), (end, 0)]:
+            feedback = task.feedback(e, attempt)
+            there = np.abs(np.asarray(feedback).astype(int) - plain).max(-1) > 60
+            assert feedback.size == task.image(e).size and there.sum() >= 8
+            ys, xs = np.nonzero(there)
+            x, y = task.pixel(e, attempt)
+            assert np.hypot(xs - x, ys - y).max() < max(8, max(e["size"]) / 40)  # nothing else changes
+            drawn.add(feedback.tobytes())
+        assert len(drawn) == 6
+
+
+def test_a_crop_is_of_its_size_inside_the_image_and_shows_the_mark(pointing):
+    task = copy.copy(pointing["chart", "text"])
+    task.cfg = dataclasses.replace(task.cfg, feedback="crop")
+    for e in task.load("test_id")[:4]:
+        for attempt in [(0, 0), (1000, 1000), (500, 500), (10, 990)]:
+            crop, whole = task.feedback(e, attempt), data_prep.draw_point(task.image(e), task.pixel(e, attempt))
+            left = [min(max(int(min(p, side - 1)) - 100, 0), side - 200) for p, side in zip(task.pixel(e, attempt), e["size"])]
+            assert crop.size == (200, 200)
+            assert crop.tobytes() == whole.crop((left[0], left[1], left[0] + 200, left[1] + 200)).tobytes()
+            assert (np.asarray(crop) == (255, 0, 200)).all(-1).any()
+    small = Image.new("RGB", (90, 300))
+    assert data_prep.draw_point(small, (5, 5), 200).size == (90, 200)
+
+
+def test_with_scale_0_coordinates_are_pixels_of_the_image_as_the_model_sees_it(home, policy):
+    fresh_policy(policy.cfg)
+    task = vrrl.Table(settings(home, "task=table", "points.kind=text", "points.scale=0", f"model={home / 'data' / 'random-model'}"), show=False)
+    for e in task.load("test_id"):
+        seen = policy.picture(task.image(e)).pixels  # resized to whole visual tokens
+        attempt = task.attempt(e, ((e["box"][0] + e["box"][2]) / 2, (e["box"][1] + e["box"][3]) / 2))
+        assert task.exact(e, attempt) and task.ends(e) == (seen.shape[1], seen.shape[0])
+        assert task.pixel(e, (seen.shape[1], seen.shape[0])) == tuple(e["size"])
+    assert task.parse("3000 12") == (3000, 12)
+
+
+def test_a_question_goes_into_the_words_around_it(home, pointing):
+    task = copy.copy(pointing["table", "text"])
+    task.cfg = dataclasses.replace(task.cfg, question="Look. {question} Answer x y.", reply="again")
+    e = task.load("test_id")[0]
+    assert task.question(e) == (f"Look. {e['question']} Answer x y.", "again") and e["question"].startswith("Point at the cell in row '")
+
+
+def test_the_embedded_tokenizer_knows_every_word_of_pointing(policy, pointing):
+    said = [w for n in range(300) for _, q, a in data_prep.point_talk(random.Random(n), 3) for w in (q, a)]
+    for name in POINTING:
+        task = pointing[name, "embedded"]
+        said += [t["text"] for e in task.load("sft") for t in e["turns"]] + [w for e in task.load("test_both") for w in task.question(e)]
+    assert not any(policy.tokenizer.unk_token_id in policy.encode(text) for text in said)
+    assert {"say the point", "say the columns", "say the rows", "say the bars"} <= set(said)
+
+
+def test_pointing_lessons_say_what_is_in_the_picture_and_are_of_all_sizes():
+    shapes = set()
+    for n in range(300):
+        for image, question, answer in data_prep.point_talk(random.Random(n), 2):
+            numbers = [int(word) for word in answer.split()]
+            shapes.add((image.width, image.height))
+            assert image.width % 16 == image.height % 16 == 0 and all(0 <= v <= 20 for v in numbers)
+            if question == "say the point":
+                again = Image.new("RGB", image.size)
+                x, y = (min(int(v / 20 * side), side - 1) for v, side in zip(numbers, image.size))
+                assert image.getpixel((x, y)) == (255, 0, 200) and again.size == image.size
+            elif question != "say the bars":
+                assert numbers == sorted(numbers) and 3 <= len(numbers) <= 8
+    assert {h for _, h in shapes} >= {64, 80, 96, 112, 128}
+
+
+@pytest.fixture
+def own(tmp_path, home):
+    """Makes own data: a JSONL of 20 images of 40 x 30 pixels with two questions each, and the lines given."""
+    def make(*lines, images=20):
+        for n in range(images):
+            Image.new("RGB", (40, 30), (n, 0, 0)).save(tmp_path / f"picture{n}.png")
+        good = [json.dumps({"image": f"picture{n}.png", "question": f"where is {q}?", "box": [4 + q, 5, 20, 25.5]}) for n in range(images) for q in range(2)]
+        (tmp_path / "my.jsonl").write_text("\n".join([good[0], *lines, *good[1:]]) + "\n")
+        return vrrl.Points(settings(home, "task=points", f"data={tmp_path / 'my.jsonl'}"), show=False)
+    return make
+
+
+def test_own_data_is_divided_by_image(own):
+    task = own()
+    parts = {split: task.load(split) for split in ("train", "dev_id", "test_id")}
+    images = {split: {e["image"] for e in examples} for split, examples in parts.items()}
+    assert sum(len(examples) for examples in parts.values()) == 40 and all(len(parts[s]) == 2 * len(images[s]) for s in parts)
+    assert len(images["train"]) > 10 and len(set.union(*images.values())) == 20 == sum(map(len, images.values()))
+    assert {e["image"] for e in task.load("sft")} <= images["train"]
+    assert len({e["id"] for examples in parts.values() for e in examples}) == 40
+    assert own().load("sft") == task.load("sft") and own().key == task.key
+    for e in task.load("sft"):
+        said = turns(task, *(t["text"] for t in e["turns"]))
+        assert vrrl.well_formed(task, said) and task.exact(e, said[-1].attempt) and not any(task.exact(e, t.attempt) for t in said[:-2])
+
+
+def test_own_data_decides_its_demonstrations(own):
+    line = {"image": "picture1.png", "question": "and here?", "box": [1, 2, 13, 14]}
+    assert own().key != own(json.dumps(line)).key
+
+
+BAD = {"image": "picture1.png", "question": "where?", "box": [1, 2, 13, 14]}
+
+
+@pytest.mark.parametrize("line, reason", [
+    ("{not json", "JSON"), ("[]", "JSON object"), ({"image": "none.png"}, "does not exist"), ({"image": "/etc/passwd"}, "relative"),
+    ({"image": "../x.png"}, "leaves"), ({"image": 3}, '"image"'), ({"image": "my.jsonl"}, "not a usable image"), ({"question": " "}, '"question"'),
+    ({"question": 7}, '"question"'), ({"box": None}, '"box"'), ({"box": [1, 2, 3]}, '"box"'), ({"box": [1, 2, 3, "4"]}, '"box"'),
+    ({"box": [1, 2, 3, True]}, '"box"'), ({"box": [5, 2, 5, 9]}, "empty"), ({"box": [5, 9, 8, 2]}, "empty"), ({"box": [-1, 2, 8, 9]}, "leaves its image of 40 x 30"),
+    ({"box": [1, 2, 41, 9]}, "leaves its image"), ({"box": [1, 2, 8, 30.5]}, "leaves its image"), ({"id": "line-1"}, "used twice"), ({"id": 5}, '"id"'),
+    ('{"image": "picture1.png", "question": "where?", "box": [1, 2, NaN, 9]}', '"box"'),
+])
+def test_a_bad_line_of_own_data_is_named_by_file_and_line(capsys, own, tmp_path, line, reason):
+    line = line if isinstance(line, str) else json.dumps({**BAD, **line})
+    said = fails(capsys, [], lambda words: own(line))
+    assert f"{tmp_path / 'my.jsonl'}:2:" in said and reason in said
+
+
+def test_own_data_that_cannot_be_divided_or_found_is_one_clear_line(capsys, own, home, tmp_path):
+    assert "my.jsonl: none of its images falls into" in fails(capsys, [], lambda words: own(images=1))
+    words = ["task=points", f"model={home / 'data' / 'random-model'}", f"data={tmp_path / 'none.jsonl'}"]
+    fresh_policy(settings(home))
+    assert "give data=FILE" in fails(capsys, words, lambda words: vrrl.Points(vrrl.read_config(words)[0]))
+
+
+def test_a_box_that_no_point_of_the_scale_meets_is_one_clear_line(capsys, own):
+    tiny = [json.dumps({**BAD, "image": f"picture{n}.png", "box": [2.1, 2.1, 2.2, 2.2]}) for n in range(20)]
+    assert "raise points.scale" in fails(capsys, [], lambda words: own(*tiny).load("sft"))
+
+
+def test_a_box_that_leaves_no_room_for_a_mistake_is_answered_at_once(own):
+    full = [json.dumps({**BAD, "image": f"picture{n}.png", "box": [0, 0, 40, 30]}) for n in range(20)]
+    traces = [e for e in own(*full).load("sft") if e["box"] == [0, 0, 40, 30]]
+    assert traces and all(len(e["turns"]) == 2 or e["turns"][0]["text"].count("20") for e in traces)
 
 
 # ---------------------------------------------------------------- turns and the protocol
@@ -1365,6 +1640,32 @@ def test_a_run_with_other_settings_overwrites_nothing(smoke, capsys):
     before = contents(folder.parent)
     line = fails(capsys, [*words, f"runs={folder.parent}", "rl.lr=0.01"])
     assert f"rl.lr was {vrrl.read_config()[0].rl.lr}, now 0.01" in line and str(folder) in line and contents(folder.parent) == before
+
+
+@pytest.mark.parametrize("name", ["table", "chart", "points"])
+def test_pointing_goes_through_every_stage(home, taught, own, tmp_path, name):
+    own()
+    vrrl.save_policy(taught, tmp_path / "model")
+    data = tmp_path / ("my.jsonl" if name == "points" else "data")
+    words = ["profile=smoke", f"task={name}", f"model={tmp_path / 'model'}", f"data={data}", f"runs={tmp_path / 'runs'}", "threads=1", "device=cpu"]
+    run = subprocess.run(command(*words), capture_output=True, text=True, timeout=100)
+    folder = tmp_path / "runs" / f"{name}-vrrl-seed0-smoke"
+    assert run.returncode == 0 and "| vrrl | id |" in run.stdout and (folder / "episodes.png").is_file(), run.stderr
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    assert [r["split"] for r in rows] == 2 * list(vrrl.TASKS[name].SPLITS) and ("mean ood" in run.stdout) == (name != "points")
+
+
+def test_show_points_at_ones_own_image(home, taught, own, tmp_path, capsys):
+    own()
+    vrrl.save_policy(taught, tmp_path / "model")
+    words = ["mode=show", "task=points", f"model={tmp_path / 'model'}", f"runs={tmp_path / 'runs'}", f"image={tmp_path / 'picture3.png'}", "threads=1"]
+    vrrl.main([*words, "question=where is it?"])
+    strip = Path(capsys.readouterr().out.split()[-1])
+    colours = {colour for _, colour in Image.open(strip).convert("RGB").getcolors(1 << 20)}
+    assert data_prep.FRAMES[""] in colours and not {data_prep.FRAMES["right"], data_prep.FRAMES["wrong"]} & colours
+    assert 'question="..."' in fails(capsys, words)
+    assert "image= needs" in fails(capsys, [w if w != "mode=show" else "mode=eval" for w in words])
+    assert "picture99" in fails(capsys, [*words[:4], f"image={tmp_path / 'picture99.png'}", "question=where?"])
 
 
 # ---------------------------------------------------------------- stop, resume, repeat, refuse
