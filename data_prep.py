@@ -2150,7 +2150,7 @@ class KahanOptimizer(Optimizer):
                 m.copy_(torch.lerp(m.float(), g, 1 - beta1))
                 v.copy_(v.float() * beta2 + (1 - beta2) * g * g)
                 wanted = r.float() - lr / bias1 * m.float() / ((v.float() / bias2).sqrt() + eps)
-                old = w.float()
+                old = w.to(torch.float32, copy=True)
                 w.copy_(old + wanted)
                 r.copy_(wanted - (w.float() - old))
 
@@ -2241,10 +2241,10 @@ def optimizer_kind(model, cfg, device):
     return {"auto": "master" if fits else "kahan"}.get(cfg.policy.optimizer, cfg.policy.optimizer)
 
 
-def memory_needed(model, cfg, device, picture, training=True):
+def memory_needed(model, cfg, device, picture, largest=0, training=True):
     """{part: bytes} of a run at its worst: every turn of every conversation as long as it may be.
 
-    model: the model, or the same on the meta device. picture: visual tokens of the largest picture. Gradients and activations
+    model: the model, or the same on the meta device. picture: visual tokens of the largest training picture; largest: of all. Gradients and activations
     on one side and the cache of sampling on the other are never there together. What CUDA and the libraries keep for
     themselves is counted as 1 GB, as part of weights.
     """
@@ -2253,18 +2253,19 @@ def memory_needed(model, cfg, device, picture, training=True):
     width, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
     head = getattr(text, "head_dim", None) or width // heads
     kv = 2 * text.num_key_value_heads * head * size                                    # bytes a token and layer
-    layer = (8 * width + 2 * heads * head + 3 * text.intermediate_size) * size + kv    # kept by one layer, a token
-    block = (6 * vision.hidden_size + 3 * vision.intermediate_size) * size             # kept by one vision layer, a patch
+    # Kept for the backward pass by one layer, bytes a token (a patch in the vision tower): what norms, projections and MLP go in with.
+    layer = (12 * width + 6 * heads * head + 4 * text.intermediate_size) * size + kv
+    block = (18 * vision.hidden_size + 4 * vision.intermediate_size) * size
     words = lambda t: len(t) // 3 + 8                                                  # tokens
     opening = words(cfg.protocol.system) + words(cfg.protocol.question) + picture
-    answered = words(cfg.protocol.feedback) + picture
+    answered, more = words(cfg.protocol.feedback) + picture, max(0, largest - picture)
     encoded = picture * (1 + len(getattr(vision, "deepstack_visual_indexes", ()))) * width * size   # bytes a picture
 
     def update(rows, turns, turn, frozen):
         """Activations of a micro-batch of `rows` conversations, with `turn` tokens in each turn."""
         length = opening + turns * (turn + answered)
         tokens, patches = rows * length, 0 if frozen else rows * (turns + 1) * picture * 4
-        scores = 3 * rows * heads * length**2 * size * (device.type == "cpu")          # the GPU's kernel keeps none
+        scores = 1.3 * rows * heads * length**2 * size * (device.type == "cpu")        # the GPU's kernel keeps none
         if cfg.policy.checkpointing:
             kept = layers * tokens * (width * size + kv) + tokens * layer + scores
             kept += patches * (vision.depth * vision.hidden_size * size + block)
@@ -2274,7 +2275,7 @@ def memory_needed(model, cfg, device, picture, training=True):
 
     parts = dict.fromkeys(("weights", "optimizer", "reference", "gradients", "activations", "cache"), 0)
     parts["weights"] = parameters * size + 10**9 * (device.type == "cuda")
-    sampling = [(cfg.eval.batch, cfg.eval.max_turns)]
+    sampling = [(cfg.eval.batch, cfg.eval.max_turns, more)]
     if training:
         kind = optimizer_kind(model, cfg, device)
         parts["optimizer"] = trained * (12 if kind == "master" else 3 * size)
@@ -2287,10 +2288,11 @@ def memory_needed(model, cfg, device, picture, training=True):
             kept = rollouts * cfg.rl.max_turns * encoded * (cfg.rl.freeze_vision and cfg.policy.keep_pictures)
             found = update(cfg.rl.micro, cfg.rl.max_turns, cfg.policy.max_new, cfg.rl.freeze_vision) + kept
             parts["activations"] = max(parts["activations"], found)
-            sampling.append((cfg.rl.at_once or rollouts, cfg.rl.max_turns))
+            sampling.append((cfg.rl.at_once or rollouts, cfg.rl.max_turns, 0))
         # The copies' gradients are fp32, at a moment without activations.
         parts["gradients"] = max(trained * size, 4 * trained * (kind == "master") - parts["activations"])
-    parts["cache"] = max(rows * (opening + turns * (cfg.policy.max_new + answered)) for rows, turns in sampling) * layers * kv
+    said = lambda turns: turns * (cfg.policy.max_new + answered)
+    parts["cache"] = max(rows * (opening + said(turns) + (turns + 1) * more) for rows, turns, more in sampling) * layers * kv
     return parts
 
 
@@ -2309,10 +2311,10 @@ def check_memory(source, cfg, device, dtype, task):
     except Exception as error:  # half a download, another architecture: the libraries raise many kinds
         raise UserError(f"model={cfg.model} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
     training = cfg.mode == "train"
-    splits = ["train"] * training + [f"{cfg.eval.splits}_{name}" for name in task.SPLITS]
-    images = [task.image(example) for split in splits for example in task.load(split)[:32]]
-    picture = max(processor.get_number_of_image_patches(i.height, i.width) // processor.merge_size**2 for i in images)
-    parts, has = memory_needed(model, cfg, device, picture, training), memory_of(device)
+    images = lambda split: [task.image(example) for example in task.load(split)[:32]]
+    tokens = lambda split: max(processor.get_number_of_image_patches(i.height, i.width) // processor.merge_size**2 for i in images(split))
+    tests = max(tokens(f"{cfg.eval.splits}_{name}") for name in task.SPLITS)
+    parts, has = memory_needed(model, cfg, device, tokens("train") if training else tests, tests, training), memory_of(device)
     gb = lambda n: f"{n / 1e9:.1f}"
     line = f"needs about {gb(memory_sum(parts))} GB: " + ", ".join(f"{name} {gb(n)}" for name, n in parts.items()) + f"; has {gb(has)} GB"
     if memory_sum(parts) > has:
@@ -2398,7 +2400,7 @@ def _read_official(file, training):
             check_layout(layout)
             if (find_cell(layout, "S"), find_cell(layout, "G")) != (start, goal):
                 raise UserError("start_pos or target_pos is not where the layout has S and G")
-            if not re.fullmatch(r"[\w.-]+", name) or name in seen:
+            if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name) or name in seen:
                 raise UserError(f"id {name!r} is used twice or is no plain name")
             if not picture.is_relative_to(file.parent.resolve()):
                 raise UserError(f"image {image!r} leaves the folder")
@@ -2469,7 +2471,8 @@ def read_protocol(path):
         if not isinstance(found.get(key), str):
             names = " or ".join(name for name, setting in PROTOCOL.items() if setting == key)
             raise UserError(f"protocol={path}: needs a text {names}")
-    if re.findall("text|image", str(given.get("order", ""))) not in ([], ["text", "text", "image", "image", "text"]):
+    order = " ".join(re.findall("text|image", str(given.get("order", "")))).removeprefix("text text").strip()  # the system's text may be named first
+    if order not in ("", "image image text", "text image image text"):
         raise UserError(f"protocol={path}: its order of texts and images is not ours: question text, image; feedback image, text")
     return found
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -1566,6 +1567,591 @@ def test_tables_of_a_study_come_from_its_file_alone(studied, capsys):
     assert capsys.readouterr().out.strip() == (results / "study_navigation.md").read_text().strip()
     with pytest.raises(vrrl.UserError, match="mode=study task=navigation makes it"):
         data_prep.main(["study", "results=nowhere"])
+# ---------------------------------------------------------------- real models
+# Small random models of the true classes, with a byte-level BPE tokenizer, Qwen's special tokens and a chat template in its manner: what a
+# folder from the hub has, loaded by the same code.
+
+SPECIAL = [f"<|{name}|>" for name in "endoftext im_start im_end object_ref_start object_ref_end vision_start vision_end vision_pad image_pad video_pad".split()]
+TALK = ("{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system\nYou help.<|im_end|>\n{% endif %}<|im_start|>{{ m.role }}\n"
+        "{% if m.content is string %}{{ m.content }}{% else %}{% for c in m.content %}{% if c.type == 'image' or 'image' in c %}<|vision_start|><|image_pad|><|vision_end|>"
+        "{% elif 'text' in c %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+TEXT_ONLY = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+LINES = ["<THINK>hole</THINK><ANSWER>up left right down</ANSWER>", "<FINAL>up up left down</FINAL>", "The elf walks over the frozen lake to the gift, around the holes."]
+REAL = ["qwen2_5_vl", "qwen3_vl"]
+
+
+def bpe_tokenizer():
+    """A byte-level BPE tokenizer as Qwen's, trained on a few lines; some of its tokens join '>' with what follows."""
+    import tokenizers
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=330, show_progress=False, initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe.train_from_iterator(LINES, trainer)
+    bpe.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<|endoftext|>", eos_token="<|im_end|>", additional_special_tokens=SPECIAL, chat_template=TALK)
+
+
+def real_config(kind, tokenizer):
+    """DeepStack for Qwen3-VL, windowed attention (windows of 4x4 patches, one full layer) for Qwen2.5-VL; the vocabulary is padded, as theirs."""
+    ids = dict(zip(("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id"),
+                   tokenizer.convert_tokens_to_ids(["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"])))
+    text = dict(vocab_size=len(tokenizer) + 19, hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+                max_position_embeddings=4096, initializer_range=0.1, tie_word_embeddings=True)
+    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 2, 2])
+    if kind == "qwen2_5_vl":
+        vision = dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, patch_size=14, window_size=56, fullatt_block_indexes=[1], initializer_range=0.1)
+        return transformers.Qwen2_5_VLConfig(text_config={**text, "rope_parameters": rope, "bos_token_id": 0, "eos_token_id": 0}, vision_config=vision, tie_word_embeddings=True, **ids)
+    vision = dict(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64, patch_size=16, num_position_embeddings=64,
+                  deepstack_visual_indexes=[0, 2, 3], initializer_range=0.1)
+    return transformers.Qwen3VLConfig(text_config={**text, "head_dim": 16, "rope_parameters": {**rope, "mrope_interleaved": True}}, vision_config=vision, tie_word_embeddings=True, **ids)
+
+
+CLIP = dict(image_mean=[0.48145466, 0.4578275, 0.40821073], image_std=[0.26862954, 0.26130258, 0.27577711])
+PREPROCESSOR = {  # the keys and, but for the pixel limits, the values of the released preprocessor_config.json
+    "qwen2_5_vl": dict(min_pixels=56 * 56, max_pixels=12845056, patch_size=14, temporal_patch_size=2, merge_size=2, **CLIP, image_processor_type="Qwen2VLImageProcessor",
+                       processor_class="Qwen2_5_VLProcessor"),
+    "qwen3_vl": dict(size=dict(longest_edge=16777216, shortest_edge=64 * 64), patch_size=16, temporal_patch_size=2, merge_size=2, image_mean=[0.5] * 3, image_std=[0.5] * 3,
+                     image_processor_type="Qwen2VLImageProcessorFast", processor_class="Qwen3VLProcessor"),
+}
+
+
+def make_real(folder, kind, seed=0):
+    """A folder as from the hub. Qwen2.5-VL's way with templates: the tokenizer's is for text alone, the one with images is in chat_template.json."""
+    tokenizer = bpe_tokenizer()
+    torch.manual_seed(seed)
+    config = real_config(kind, tokenizer)
+    transformers.AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    if kind == "qwen2_5_vl":
+        tokenizer.chat_template = TEXT_ONLY
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": TALK}))
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR[kind]))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real(home):
+    """{kind: folder}"""
+    return {kind: make_real(home / kind, kind) for kind in REAL}
+
+
+def real_settings(home, folder, *words):
+    side = "nav.cell=28" if "2_5" in str(folder) else "nav.cell=32"
+    return settings(home, f"model={folder}", side, "policy.checkpointing=yes", "policy.max_new=12", "nav.test_maps=4", "nav.dev_maps=4", "eval.maps=2", "sft.steps=3", *words)
+
+
+@pytest.fixture(scope="session", params=REAL)
+def real_policy(request, real, home):
+    cfg = real_settings(home, real[request.param])
+    return vrrl.load_policy(real[request.param], cfg), vrrl.Navigation(cfg, show=False)
+
+
+def test_a_real_model_loads_with_its_own_processor_tokenizer_and_template(real_policy):
+    policy, _ = real_policy
+    kind = policy.model.config.model_type
+    assert type(policy.model).__name__ == {"qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration", "qwen3_vl": "Qwen3VLForConditionalGeneration"}[kind]
+    given, found = PREPROCESSOR[kind], policy.processor
+    assert (found.size["shortest_edge"], found.size["longest_edge"]) == ((3136, 12845056) if kind == "qwen2_5_vl" else (4096, 16777216))
+    assert all(getattr(found, key) == given[key] for key in ("patch_size", "merge_size", "temporal_patch_size"))
+    assert list(found.image_mean) == given["image_mean"] and list(found.image_std) == given["image_std"]
+    assert policy.end_id == policy.tokenizer.convert_tokens_to_ids("<|im_end|>") and policy.image_id == policy.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+    special = policy.tokenizer.convert_tokens_to_ids([t for t in SPECIAL if t != "<|im_end|>"])
+    assert policy.banned[special].all() and policy.banned[len(policy.tokenizer):].all() and policy.banned.sum() == len(special) + 19
+    head = policy.tokenizer.decode(policy.prompt("find", "check")[0])
+    assert head == "<|im_start|>system\nYou help.<|im_end|>\n<|im_start|>user\nfind<|vision_start|><|image_pad|><|vision_end|><|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_folder_without_a_template_for_images_is_one_clear_line(real, home, tmp_path):
+    shutil.copytree(real["qwen2_5_vl"], tmp_path / "model")
+    (tmp_path / "model" / "chat_template.json").unlink()
+    with pytest.raises(vrrl.UserError, match="model=.* cannot be loaded: it has no chat template with images"):
+        vrrl.load_policy(tmp_path / "model", real_settings(home, tmp_path / "model"))
+
+
+def test_tags_are_the_same_ids_wherever_they_stand(real_policy):
+    """A byte-level tokenizer joins '>' with what follows; a forced tag must be the learnt one."""
+    policy, _ = real_policy
+    plain = policy.tokenizer.encode("<ANSWER>up</ANSWER>", add_special_tokens=False)
+    assert policy.encode("<ANSWER>up</ANSWER>") == [*policy.encode("<ANSWER>"), *policy.encode("up"), *policy.encode("</ANSWER>")]
+    assert policy.decode(policy.encode(LINES[0])) == LINES[0] and len(plain) <= len(policy.encode("<ANSWER>up</ANSWER>"))
+
+
+def test_a_real_conversation_has_the_ids_of_the_chat_template(real_policy):
+    policy, task = real_policy
+    for e in demonstrations(policy, task, 3, 3):
+        talk = []
+        for n, turn in enumerate(e.turns):
+            shown = [{"type": "image"}, {"type": "text", "text": "check it"}]
+            talk += [{"role": "user", "content": shown if n else [{"type": "text", "text": "find the path"}, shown[0]]}, {"role": "assistant", "content": turn.text}]
+        pieces = policy.tokenizer.apply_chat_template(talk, tokenize=False).split("<|image_pad|>")
+        sizes = [p.rows * p.cols for p in (*e.opening_pictures, *e.rest_pictures)]
+        whole = pieces[0] + "".join("<|image_pad|>" * size + piece for size, piece in zip(sizes, pieces[1:]))
+        found = policy.tokenizer.decode([*e.opening, *e.rest])
+        assert found == whole.removesuffix("\n")
+
+
+def test_positions_of_a_real_model_are_the_librarys(real_policy):
+    test_positions_are_the_librarys(real_policy[0], None)
+
+
+@pytest.mark.parametrize("size", [(112, 112), (160, 96), (90, 61), (20, 20), (33, 300)], ids=str)
+def test_pictures_reach_a_real_vision_tower_as_from_the_library(real_policy, monkeypatch, size):
+    test_pictures_reach_the_vision_tower_as_from_the_library(real_policy[0], monkeypatch, size)
+
+
+def test_pictures_of_mixed_sizes_keep_their_order_in_a_real_model(real_policy):
+    test_pictures_of_mixed_sizes_keep_their_order(real_policy[0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_log_probs_of_a_real_model_equal_those_of_the_librarys_forward(real_policy, temperature):
+    policy, task = real_policy
+    policy = with_settings(policy, temperature=temperature)
+    episodes = demonstrations(policy, task, 3, 3)
+    assert furthest([l.detach() for l in policy.log_probs(episodes)[0]], [library_log_probs(policy, e) for e in episodes]) < 2e-4
+
+
+def test_recorded_log_probs_of_a_real_model_equal_recomputed_ones(real_policy, monkeypatch):
+    policy, task = real_policy
+    episodes = sampled(policy, task, monkeypatch, count=2)  # max_new=12 ends most turns before their end token; talkative makes them attempts all the same
+    assert any(e.replayed for e in episodes)
+    assert furthest([l.detach() for l in policy.log_probs(episodes)[0]], [recorded(e) for e in episodes]) < 2e-4
+
+
+def gradients_of(policy, episodes):
+    policy.model.zero_grad()
+    logps, entropies = policy.log_probs(episodes)
+    sum((n + 1) * l.sum() for n, l in enumerate(logps)).backward()
+    found = {name: p.grad.clone() for name, p in policy.model.named_parameters() if p.grad is not None}
+    policy.model.zero_grad()
+    return [l.detach() for l in logps], list(entropies), found
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradient_checkpointing_changes_neither_log_probs_nor_gradients(real, real_policy, home, monkeypatch, frozen):
+    again, task = real_policy
+    plain = vrrl.load_policy(real[again.model.config.model_type], real_settings(home, real[again.model.config.model_type], "policy.checkpointing=no"))
+    monkeypatch.setattr(data_prep.in_parts, "__defaults__", (7,))  # several parts
+    episodes = sampled(plain, task, monkeypatch, count=2)  # groups share their opening, prefixes differ in length
+    for policy in (plain, again):
+        policy.freeze_vision(frozen)
+    for e in episodes:
+        for p in (*e.opening_pictures, *e.rest_pictures):
+            p.features = None
+    (a, entropies_a, da), (b, entropies_b, db) = gradients_of(plain, episodes), gradients_of(again, episodes)
+    again.freeze_vision(False)
+    assert furthest(a, b) < 1e-5 and furthest(entropies_a, entropies_b) < 1e-4 and da.keys() == db.keys() and any("visual" in name for name in da) != frozen
+    assert furthest(da.values(), db.values()) < 1e-4 * max(g.abs().max() for g in da.values())
+
+
+def kept_bytes(policy, episodes):
+    """Bytes that autograd keeps for the backward pass, weights apart; each storage counted once."""
+    weights, kept = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = tensor  # held, so that its place is not given to another
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        policy.log_probs(episodes)
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def test_gradient_checkpointing_keeps_a_fraction_of_the_activations(real, real_policy, home):
+    again, task = real_policy
+    plain = vrrl.load_policy(real[again.model.config.model_type], real_settings(home, real[again.model.config.model_type], "policy.checkpointing=no"))
+    episodes = demonstrations(again, task, 4, 4)
+    assert kept_bytes(again, episodes) < 0.35 * kept_bytes(plain, episodes)
+
+
+# What the library's own processor (AutoProcessor, which needs torchvision) makes of a conversation of three turns about two pictures.
+# Made with torchvision 0.28.0 by `python test_vrrl.py processor`, which prints this table; kept here, since the tests run without torchvision.
+PROCESSOR = {
+    "qwen2_5_vl": {"ids": [172, "fd5f830a60db0754"], "grid": [[1, 12, 12], [1, 8, 16]], "positions": [117, "f714bfb02b0c2b00"], "pixels": [423891.8, 241.2, 1.68, 0.65]},
+    "qwen3_vl": {"ids": [172, "fd5f830a60db0754"], "grid": [[1, 12, 12], [1, 8, 16]], "positions": [117, "f714bfb02b0c2b00"], "pixels": [254740.58, 81.53, 0.87, 0.18]},
+}
+
+
+def conversation(kind):
+    """(messages, pictures): texts and images of three turns; sizes that need no resizing, since the two image processors round differently there."""
+    side = 28 if kind == "qwen2_5_vl" else 32
+    first = data_prep.draw_grid(LAKE, "snow", 2 * side)
+    second = data_prep.draw_path(data_prep.draw_grid(["SFFF", "FHFG"], "desert", 2 * side), (2, 4), (0, 0), ["right", "down", "up"], "desert")
+    text, image = (lambda t: {"type": "text", "text": t}), {"type": "image"}
+    said = [answer("right down"), revise(EXACT)]
+    return [{"role": "user", "content": [text("find the path"), image]}, {"role": "assistant", "content": [text(said[0])]},
+            {"role": "user", "content": [image, text("check it")]}, {"role": "assistant", "content": [text(said[1])]}], [first, second], said
+
+
+def fingerprint(ids, pixels, grid, positions):
+    """Lengths, a checksum of ids and positions, and a few numbers of the patches: what tells two of them apart."""
+    pixels = np.asarray(pixels, dtype=np.float64)
+    ramp = np.cos(np.arange(pixels.size) % 1009).reshape(pixels.shape)
+    return {"ids": [len(ids), data_prep.checksum(json.dumps(list(map(int, ids))).encode())], "grid": np.asarray(grid).tolist(),
+            "positions": [int(np.max(positions)), data_prep.checksum(json.dumps(np.asarray(positions).tolist()).encode())],
+            "pixels": [round(float(x), 2) for x in (pixels.sum(), (pixels * ramp).sum(), pixels[7, 11], pixels[-1, -1])]}
+
+
+def print_processor(words):
+    """`python test_vrrl.py processor`: the table PROCESSOR, by the library's own processor; needs torchvision."""
+    import tempfile
+    for kind in REAL:
+        with tempfile.TemporaryDirectory() as folder:
+            make_real(Path(folder), kind)
+            processor = transformers.AutoProcessor.from_pretrained(folder)
+            model = transformers.AutoModelForImageTextToText.from_pretrained(folder)
+        talk, pictures, _ = conversation(kind)
+        text = processor.apply_chat_template(talk, tokenize=False)
+        made = processor(text=[text], images=pictures, return_tensors="pt")
+        kinds = made["input_ids"].eq(model.config.image_token_id).int()
+        positions, _ = model.model.get_rope_index(made["input_ids"], kinds, image_grid_thw=made["image_grid_thw"])
+        print(f"    {kind!r}: {fingerprint(made['input_ids'][0], made['pixel_values'], made['image_grid_thw'], positions[:, 0].numpy())},")
+
+
+def test_ids_patches_and_positions_equal_those_of_the_librarys_processor(real_policy, monkeypatch):
+    policy, _ = real_policy
+    kind = policy.model.config.model_type
+    _, images, said = conversation(kind)
+    head, between = policy.prompt("find the path", "check it")
+    pictures, seen = [policy.picture(i) for i in images], []
+    real = policy.model.model.get_image_features
+    monkeypatch.setattr(policy.model.model, "get_image_features", lambda x, grid, **kw: seen.append((x, grid)) or real(x, grid, **kw))
+    with torch.no_grad():
+        for picture in pictures:
+            policy.encode_pictures([picture])
+    patches, grids = zip(*seen)
+    # The processor ends its text with a line break after the last turn; ours ends with the token that closes it.
+    turn = lambda text: policy.tokenizer.encode(text, add_special_tokens=False)
+    ids = [*policy.place(head, pictures[0]), *turn(said[0]), policy.end_id, *policy.place(between, pictures[1]), *turn(said[1]), policy.end_id, *turn("\n")]
+    positions, _ = policy.positions(ids, iter([(p.rows, p.cols) for p in pictures]))
+    found, expected = fingerprint(ids, torch.cat(patches), torch.cat(grids), positions), dict(PROCESSOR[kind])
+    assert found.pop("pixels") == pytest.approx(expected.pop("pixels"), abs=0.1) and found == expected
+
+
+@pytest.mark.parametrize("kind", REAL)
+@pytest.mark.parametrize("words", [["policy.optimizer=kahan", "rl.kl=0.01", "sft.freeze_vision=no", "rl.freeze_vision=no"],
+                                   ["policy.dtype=bfloat16", "policy.optimizer=kahan", "policy.keep_pictures=no", "rl.measure_kl=no"]], ids=["free vision, KL", "frozen, bf16"])
+def test_a_real_model_goes_through_the_whole_command(real, home, tmp_path, monkeypatch, capsys, kind, words):
+    """SFT, RL, save, reload and evaluate, with rewards that give every group a signal: a model this small ends few turns."""
+    words = ["profile=smoke", f"model={real[kind]}", "nav.cell=28" if kind == "qwen2_5_vl" else "nav.cell=32", f"data={home / 'data'}", f"runs={tmp_path}", "nav.test_maps=4",
+             "nav.dev_maps=4", "eval.maps=2", "sft.first_steps=0", "sft.steps=2", "rl.steps=2", "rl.questions=2", "rl.at_once=4", "policy.checkpointing=yes", "policy.max_new=12", "threads=1",
+             "device=cpu", *words]
+    monkeypatch.setattr(vrrl, "reward", lambda task, e, cfg: sum(e.rest) % 7 / 10 + 0.1)
+    vrrl.main(words)
+    folder = tmp_path / "navigation-vrrl-seed0-smoke"
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["stage"], m["step"]) for m in lines] == [("sft", 1), ("sft", 2), ("rl", 1), ("rl", 2)]
+    assert all(math.isfinite(m["grad_norm"]) and m["grad_norm"] > 0 and m["skipped"] == 0 for m in lines)
+    assert all((m["kl"] is None) == ("rl.measure_kl=no" in words) for m in lines if m["stage"] == "rl")
+    assert "| vrrl | both (ood) |" in capsys.readouterr().out
+    trained, start, given = (dict(transformers.AutoModelForImageTextToText.from_pretrained(f, dtype=torch.float32).named_parameters())
+                             for f in (folder / "model", next(tmp_path.glob("sft-*/model")), real[kind]))
+    moved = lambda a, b, part: any(not torch.equal(a[k], b[k]) for k in a if part in k)
+    assert moved(start, given, "language") and moved(trained, start, "language")
+    assert moved(trained, start, "visual") == ("rl.freeze_vision=no" in words)
+    vrrl.main([f"mode=eval", *words, f"model={folder / 'model'}"])
+    figures = lambda rows: [[row[k] for k in ("split", "n", "first", "final", "commit", "turns", "final_by_map")] for row in rows]
+    again, before = (json.loads((f / "results.json").read_text())["rows"] for f in (tmp_path / f"eval-{folder.name}-model", folder))
+    assert figures(again) == figures([row for row in before if row["method"] == "vrrl"])
+
+
+def quadratic(make, lr, steps, dtype):
+    """Weights after steps of an optimizer on a noisy quadratic; `make(module)` gives its step."""
+    generator = torch.Generator().manual_seed(0)
+    module = torch.nn.Linear(64, 64, bias=False).to(dtype)
+    start, goal = torch.randn(64, 64, generator=generator).bfloat16().float() * 0.1, torch.randn(64, 64, generator=generator) * 0.1
+    module.weight.data.copy_(start)
+    step = make(module)
+    for _ in range(steps):
+        (0.5 * (module.weight.float() - goal + 0.3 * torch.randn(64, 64, generator=generator)) ** 2).sum().backward()
+        step()
+    return module.weight.detach().float() - module.weight.detach().new_tensor(start.numpy()).float()
+
+
+def test_updates_too_small_for_bf16_add_up_with_copies_and_with_compensation_and_not_without():
+    """At the paper's rate of 5e-7 plain bf16 AdamW leaves the weights where they were."""
+    ours = lambda kind: lambda module: lambda o=kind(SimpleNamespace(model=module)): o.step(5e-7, 1e9)
+
+    def plain(module):
+        adam = torch.optim.AdamW(module.parameters(), lr=5e-7, betas=(0.9, 0.95), weight_decay=0.0)
+        return lambda: (adam.step(), adam.zero_grad())
+
+    def shadow(kind):
+        """What the optimizer itself knows of the movement: the copies, or the weights and what rounding has taken from them."""
+        kept = {}
+        def make(module):
+            kept["o"] = o = kind(SimpleNamespace(model=module))
+            return lambda: o.step(5e-7, 1e9)
+        moved = quadratic(make, 5e-7, 400, torch.bfloat16)
+        o = kept["o"]
+        return moved, (o.copies[0] if kind is data_prep.Optimizer else o.weights[0].float() + o.rest[0].float()).detach() - (o.weights[0].detach().float() - moved)
+
+    exact = quadratic(plain, 5e-7, 400, torch.float32)
+    stuck = quadratic(plain, 5e-7, 400, torch.bfloat16)
+    assert (stuck != 0).float().mean() < 0.05 and exact.abs().mean() > 2e-5
+    for kind in (data_prep.Optimizer, data_prep.KahanOptimizer):
+        moved, inside = shadow(kind)
+        assert (moved != 0).float().mean() > 5 * (stuck != 0).float().mean()
+        assert torch.corrcoef(torch.stack([inside.flatten(), exact.flatten()]))[0, 1] > 0.99
+        assert (inside - exact).abs().mean() < 0.1 * exact.abs().mean()
+
+
+def test_compensated_bf16_follows_fp32_over_many_larger_steps():
+    ours = lambda kind: lambda module: (lambda o: lambda: o.step(1e-4, 1.0))(kind(SimpleNamespace(model=module)))
+    exact, kahan = quadratic(ours(data_prep.Optimizer), 1e-4, 300, torch.float32), quadratic(ours(data_prep.KahanOptimizer), 1e-4, 300, torch.bfloat16)
+    assert (kahan - exact).norm() < 0.03 * exact.norm()
+    same = quadratic(ours(data_prep.KahanOptimizer), 1e-4, 300, torch.float32)  # in fp32 it is AdamW
+    assert (same - exact).norm() < 1e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("kind", [data_prep.Optimizer, data_prep.KahanOptimizer])
+def test_an_optimizer_goes_on_from_its_state(kind):
+    def run(stop):
+        torch.manual_seed(0)
+        module = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)).to(torch.bfloat16)
+        module[1].bias.requires_grad_(False)
+        optimizer = kind(SimpleNamespace(model=module))
+        for step in range(6):
+            if step == stop:
+                saved = {name: tensor.clone() for name, tensor in optimizer.state().items()}
+                for p in module.parameters():
+                    if p.requires_grad:
+                        p.data.normal_()
+                optimizer = kind(SimpleNamespace(model=module))
+                optimizer.restore(saved)
+            (module(torch.full((3, 8), step / 5).bfloat16()).float() ** 2).sum().backward()
+            optimizer.step(1e-3, 1.0)
+        return [p.detach().clone() for p in module.parameters()]
+    assert furthest(run(None), run(3)) == 0
+
+
+def test_memory_is_estimated_before_and_what_to_lower_is_said(real, home, monkeypatch, tmp_path):
+    words = ["profile=smoke", f"model={real['qwen3_vl']}", f"data={home / 'data'}", f"runs={tmp_path}", "nav.cell=32", "nav.test_maps=4", "nav.dev_maps=4"]
+    monkeypatch.setattr(data_prep, "memory_of", lambda device: 1e6)
+    for mode in ("train", "eval"):
+        with pytest.raises(vrrl.UserError) as error:
+            vrrl.main(["threads=1", *words, f"mode={mode}"])
+        line = str(error.value)
+        assert "needs about" in line and "has 0.0 GB" in line and "\n" not in line
+        assert all(key in line for key in ("rl.micro", "policy.max_new", "policy.optimizer=kahan", "rl.freeze_vision", "rl.kl=0"))
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_out_of_memory_says_what_to_lower(capsys, error):
+    def full(words):
+        raise error
+    assert "out of memory: lower rl.micro" in fails(capsys, [], full)
+
+
+def test_every_mend_for_memory_is_a_setting():
+    spec = vrrl.settings_table()[0]
+    names = [word.split("=")[0] for word in re.findall(r"[a-z]+\.[a-z_]+", data_prep.MENDS)]
+    assert len(names) > 8 and all(name in spec for name in names)
+
+
+ARCHITECTURES = {  # of the released models, for counting and for timing with random weights
+    "qwen2.5-vl-3b": dict(
+        text_config=dict(hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2, rms_norm_eps=1e-6,
+                         rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])),
+        vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=2048, patch_size=14, window_size=112, fullatt_block_indexes=[7, 15, 23, 31])),
+    "qwen3-vl-2b": dict(
+        text_config=dict(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=262144,
+                         rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True)),
+        vision_config=dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2048, patch_size=16, deepstack_visual_indexes=[5, 11, 17])),
+    "qwen3-vl-4b": dict(
+        text_config=dict(hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=262144,
+                         rope_parameters=dict(rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20], mrope_interleaved=True)),
+        vision_config=dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2560, patch_size=16, deepstack_visual_indexes=[5, 11, 17])),
+}
+
+
+def architecture(profile, tokenizer):
+    """The config of a profile's model, with the ids of our small tokenizer: its vocabulary is a part of theirs."""
+    given = ARCHITECTURES[profile]
+    ids = real_config("qwen3_vl", tokenizer)
+    kind = transformers.Qwen2_5_VLConfig if "window_size" in given["vision_config"] else transformers.Qwen3VLConfig
+    return kind(text_config={"vocab_size": 151936, "tie_word_embeddings": True, **given["text_config"]}, vision_config=given["vision_config"], tie_word_embeddings=True,
+                image_token_id=ids.image_token_id, video_token_id=ids.video_token_id, vision_start_token_id=ids.vision_start_token_id, vision_end_token_id=ids.vision_end_token_id)
+
+
+@pytest.mark.parametrize("profile, billions, gigabytes", [("qwen2.5-vl-3b", 3.75, 85), ("qwen3-vl-2b", 2.13, 25.2), ("qwen3-vl-4b", 4.44, 85)])
+def test_a_profile_fits_the_gpu_it_is_made_for(monkeypatch, profile, billions, gigabytes):
+    with torch.device("meta"):
+        model = transformers.AutoModelForImageTextToText.from_config(architecture(profile, bpe_tokenizer()), dtype=torch.bfloat16)
+    assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.006)
+    monkeypatch.setattr(data_prep, "memory_of", lambda device: gigabytes * 1e9)
+    cfg, gpu = vrrl.read_config([f"profile={profile}"])[0], SimpleNamespace(type="cuda")
+    needed = lambda cfg: data_prep.memory_sum(data_prep.memory_needed(model, cfg, gpu, picture=196))
+    assert 0.6 * gigabytes < needed(cfg) / 1e9 < gigabytes
+    for word in ("rl.micro=64", "rl.at_once=256", "policy.optimizer=master", "policy.checkpointing=no"):  # each mend moves the estimate
+        assert needed(vrrl.read_config([f"profile={profile}", word])[0]) > needed(cfg)
+
+
+def test_the_estimate_of_activations_is_near_what_is_kept(real_policy, real, home):
+    """Above it, since traces are as long as they may be only in the estimate. Without checkpointing, where it can be counted; the language model only."""
+    policy, task = real_policy
+    kind = policy.model.config.model_type
+    cfg = real_settings(home, real[kind], "policy.checkpointing=no", "rl.steps=0", "sft.micro=4", "policy.keep_pictures=no")
+    plain = vrrl.load_policy(real[kind], cfg)
+    plain.freeze_vision(True)
+    episodes = demonstrations(plain, task, 4, 4)
+    assert len(episodes) == 4
+    picture = max(p.rows * p.cols for e in episodes for p in e.opening_pictures)
+    estimate = data_prep.memory_needed(plain.model, cfg, torch.device("cpu"), picture)["activations"]
+    assert 1 < estimate / kept_bytes(plain, episodes) < 4
+
+
+OFFICIAL = vrrl.HERE.parent / "shared" / "data" / "official_frozenlake"
+official = pytest.mark.skipif(not OFFICIAL.is_dir(), reason="the authors' data does not lie beside this project")
+
+
+def official_settings(home, folder, *words):
+    return settings(home, f"nav.folder={folder}", "eval.maps=1000", *words)
+
+
+@official
+@pytest.mark.parametrize("words", [["--maps", "MAPS", "--eval", "EVAL"], ["maps=MAPS", "eval=EVAL"]], ids=["--maps FILE", "maps=FILE"])
+def test_the_authors_data_becomes_a_data_folder(home, capsys, words):
+    words = [w.replace("MAPS", str(OFFICIAL / "rl_train_maps.json")).replace("EVAL", str(OFFICIAL / "eval_data.json")) for w in words]
+    data_prep.main(["official", *words, f"data={home / 'authors'}", "nav.sft_traces=24", "threads=1"])
+    folder = capsys.readouterr().out.strip().splitlines()[-1].split("nav.folder=")[1]
+    task = vrrl.Navigation(official_settings(home, folder))
+    assert task.SPLITS == ("id", "size") and [len(task.load(s)) for s in ("train", "sft", "test_id", "test_size")] == [3000, 24, 750, 250]
+    assert Counter(len(e["layout"]) for e in task.load("train")) == {4: 1000, 5: 2000} and Counter(len(e["layout"]) for e in task.load("test_id")[:250]) == {3: 84, 4: 83, 5: 83}
+    given = {f"{e['metadata']['level']}x{e['metadata']['level']}-{e['id']}": e["metadata"] for e in json.loads((OFFICIAL / "eval_data.json").read_text())}
+    for e in (e for split in ("test_id", "test_size") for e in task.load(split)):
+        assert e["layout"] == ["".join(row) for row in given[e["id"]]["layout"]]
+        assert task.exact(e, tuple(given[e["id"]]["actions"]))  # their own shortest path
+    theirs = [e for split in ("test_id", "test_size") for e in task.load(split) if "drawn" not in e]
+    assert [e["id"] for e in theirs] == ["3x3-example_0000", "4x4-example_0250", "5x5-example_0500", "6x6-example_0750"]
+    for e in theirs:
+        image = task.image(e)
+        assert np.array_equal(np.asarray(image), np.asarray(Image.open(OFFICIAL / f"{e['id'][4:]}_input.png").convert("RGB")))
+    assert all(task.image(e).size == (16 * len(e["layout"]),) * 2 for e in task.load("train")[:20])
+
+
+@official
+def test_paths_lie_on_the_cells_of_the_authors_pictures(home, tmp_path):
+    """Their grids have margins: ice, holes and gift are where the box says, and a path runs through the middle of its cells."""
+    folder = data_prep.make_official(tmp_path, settings(home), evals=str(OFFICIAL / "eval_data.json"))
+    task = vrrl.Navigation(official_settings(home, folder))
+    for e in (e for split in ("test_id", "test_size") for e in task.load(split) if "drawn" not in e):
+        image, (left, top, right, bottom), n = np.asarray(task.image(e)).astype(int), e["box"], len(e["layout"])
+        side = (right - left) / n
+        at = lambda r, c: (round(top + (r + 0.5) * side), round(left + (c + 0.5) * side))
+        middle = lambda r, c: image[at(r, c)[0] - 20:at(r, c)[0] + 20, at(r, c)[1] - 20:at(r, c)[1] + 20].mean((0, 1))
+        blue = ["".join("H" if middle(r, c)[0] < 140 and middle(r, c)[2] > 220 else "." for c in range(n)) for r in range(n)]  # holes are blue in the middle, ice is white
+        assert blue == [re.sub("[^H]", ".", row) for row in e["layout"]]
+        path = data_prep.sample_shortest_path(e["layout"], random.Random(0))
+        drawn = np.asarray(task.feedback(e, tuple(path)))
+        assert all(tuple(drawn[at(*cell)]) == (225, 6, 0) for cell in places(e["layout"], path)[0]) and not np.array_equal(drawn, image)
+        outside = np.ones(image.shape[:2], bool)
+        outside[top:bottom, left:right] = False
+        assert np.array_equal(drawn[outside], image[outside])
+
+
+@official
+def test_the_authors_data_can_be_trained_and_evaluated_on_and_drawn_pictures_are_said(home, tmp_path, taught, capsys):
+    vrrl.save_policy(taught, tmp_path / "model")
+    folder = data_prep.make_official(tmp_path, settings(home, "nav.sft_traces=16"), str(OFFICIAL / "rl_train_maps.json"), str(OFFICIAL / "eval_data.json"))
+    words = ["profile=smoke", "threads=1", f"model={tmp_path / 'model'}", f"nav.folder={folder}", f"runs={tmp_path / 'runs'}", "eval.maps=3", "sft.first_steps=0", "sft.steps=1", "rl.steps=1"]
+    vrrl.main(words)
+    vrrl.main([*words, "mode=eval"])
+    report = (tmp_path / "runs" / "navigation-vrrl-seed0-smoke" / "report.md").read_text()
+    for text in (report, capsys.readouterr().out):
+        assert "| id |" in text and "| size (ood) |" in text and "Not comparable with the authors' figures" in text and "2 of 3 in size" in text
+
+
+@official
+def test_a_checkpoint_is_evaluated_in_the_authors_words(home, tmp_path, real, capsys):
+    words = ["profile=smoke", "mode=eval", f"model={real['qwen3_vl']}", f"data={home / 'data'}", f"runs={tmp_path}", f"protocol={OFFICIAL / 'official_protocol.json'}", "nav.cell=32",
+             "nav.test_maps=4", "nav.dev_maps=4", "eval.maps=1", "policy.max_new=8", "threads=1"]
+    cfg, given = vrrl.read_config(words)[0], json.loads((OFFICIAL / "official_protocol.json").read_text())
+    assert (cfg.protocol.system, cfg.protocol.question, cfg.protocol.feedback) == (given["system"], given["first_user"], given["feedback_user"]) and cfg.eval.max_turns == 10
+    policy = vrrl.load_policy(real["qwen3_vl"], cfg)
+    head, between = (policy.tokenizer.decode(ids) for ids in policy.prompt(given["first_user"], given["feedback_user"]))
+    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    assert head == f"<|im_start|>system\n{given['system']}<|im_end|>\n<|im_start|>user\n{given['first_user']}{picture}<|im_end|>\n<|im_start|>assistant\n"
+    assert between == f"\n<|im_start|>user\n{picture}{given['feedback_user']}<|im_end|>\n<|im_start|>assistant\n"
+    vrrl.main(words)
+    assert "| id |" in capsys.readouterr().out
+
+
+OWN_WORDS = {"system": "s", "question": "q", "feedback": "f"}
+
+
+def test_a_protocol_file_sets_the_words_and_the_command_line_goes_before_it(tmp_path):
+    (tmp_path / "p.json").write_text(json.dumps({**OWN_WORDS, "max_turns_eval": 7, "order": "question text, image; feedback image, then text", "remark": 1}))
+    cfg = vrrl.read_config([f"protocol={tmp_path / 'p.json'}", "protocol.question=mine"])[0]
+    assert (cfg.protocol.system, cfg.protocol.question, cfg.protocol.feedback, cfg.eval.max_turns) == ("s", "mine", "f", 7)
+    assert vrrl.read_config(["profile=qwen3-vl-4b", f"protocol.file={tmp_path / 'p.json'}"])[0].protocol.question == "q"  # before the profile
+
+
+@pytest.mark.parametrize("content, said", [(None, "cannot be read"), ("{", "cannot be read"), ("[]", "needs a text question or first_user"), ('{"question": "q"}', "needs a text feedback"),
+                                           ('{"question": 3, "feedback": "f"}', "needs a text question"), (json.dumps({**OWN_WORDS, "max_turns_eval": 0}), "eval.max_turns=0"),
+                                           (json.dumps({**OWN_WORDS, "order": "image, then text; feedback text"}), "order of texts and images")])
+def test_a_wrong_protocol_file_is_one_clear_line(tmp_path, capsys, content, said):
+    if content is not None:
+        (tmp_path / "p.json").write_text(content)
+    assert said in fails(capsys, [f"protocol={tmp_path / 'p.json'}"])
+
+
+EVAL = {"id": "a", "input_map": "a.png", "metadata": {"level": 2, "layout": [["S", "F"], ["H", "G"]], "start_pos": 0, "target_pos": 3}}
+MAP = {"map_id": "m", "layout": [["S", "F"], ["H", "G"]], "start_pos": 0, "target_pos": 3}
+
+
+@pytest.mark.parametrize("key, entry, said", [
+    ("eval", {**EVAL, "input_map": "../a.png"}, "leaves the folder"), ("eval", {**EVAL, "id": "../a"}, "no plain name"), ("eval", {"id": "a"}, "entry 1 is not one"),
+    ("eval", {**EVAL, "metadata": {**EVAL["metadata"], "start_pos": 1}}, "not where the layout"), ("maps", {**MAP, "layout": [["S", "H"], ["H", "G"]]}, "no way from S"),
+    ("maps", {**MAP, "layout": 5}, "entry 1 is not one"), ("maps", EVAL, "entry 1 is not one"), ("maps", {**MAP, "map_id": "a/b"}, "no plain name"), ("maps", 5, "entry 1 is not one"),
+    ("maps", None, "is not one"), ("eval", {**EVAL, "input_map": 5}, "is not one"), ("maps", {**MAP, "map_id": 7}, "no plain name"),
+])
+def test_a_wrong_file_of_the_authors_is_one_clear_line(tmp_path, capsys, key, entry, said):
+    (tmp_path / "x.json").write_text(json.dumps([entry]))
+    line = fails(capsys, [f"data={tmp_path / 'data'}", f"{key}={tmp_path / 'x.json'}"], lambda words: data_prep.main(["official", *words]))
+    assert said in line and "x.json" in line and not (tmp_path / "data").exists()
+
+
+def test_a_picture_that_comes_later_makes_another_folder_and_a_broken_one_is_named(home, tmp_path, capsys):
+    (tmp_path / "x.json").write_text(json.dumps([EVAL]))
+    make = lambda: data_prep.make_official(tmp_path / "data", settings(home), evals=str(tmp_path / "x.json"))
+    first = make()
+    assert json.loads((first / "data.json").read_text())["drawn_here"] == {"test_id": 1} and make() == first
+    (tmp_path / "a.png").write_text("no picture")
+    assert "a.png: not a usable image" in fails(capsys, [], lambda words: make())
+    image = Image.new("RGB", (48, 44), "white")
+    image.paste((9, 9, 9), (4, 2, 44, 42))
+    image.save(tmp_path / "a.png")
+    second = make()
+    record = json.loads((second / "test_id.jsonl").read_text())
+    assert second != first and record["box"] == [4, 2, 44, 42] and "drawn" not in record and vrrl.Navigation(official_settings(home, second)).SPLITS == ("id",)
+
+
+@pytest.mark.parametrize("folder", ["nowhere", "."])
+def test_a_data_folder_that_is_none_is_one_clear_line(capsys, tmp_path, monkeypatch, folder):
+    monkeypatch.chdir(tmp_path)
+    assert "official` has made" in fails(capsys, [f"nav.folder={folder}", f"runs={tmp_path / 'runs'}"])
+
+
+CASES = [  # the start is at the top left, the hole in the middle, the gift at the bottom right, four moves away: (attempt, outcome, exact, progress)
+    ("exact", "right right down down", True, 1), ("the other way", "down down right right", True, 1), ("commas", "right, right, down, down", True, 1),
+    ("longer", "right left right right down down", False, 0.25), ("overshoot", "right right down down up", False, 0), ("overshoot, back again", "right right down down up down", False, 0),
+    ("overshoot off the grid", "right right down down down", False, 0), ("off the grid at once", "up right right down down", False, 0), ("off the grid later", "right right right down down", False, 0.5),
+    ("hole", "right down down right", False, 0.25), ("short", "right right down", False, 0.75), ("one move", "down", False, 0.25), ("away", "right left", False, 0.25),
+]
+
+
+@pytest.mark.parametrize("text, exact, progress", [row[1:] for row in CASES], ids=[row[0] for row in CASES])
+def test_exactness_progress_and_reward_are_what_the_method_says(task, cfg, text, exact, progress):
+    example, attempt = {"layout": LAKE}, task.parse(text)
+    assert (task.exact(example, attempt), task.progress(example, attempt)) == (exact, progress)
+    assert reward(task, cfg, answer(text), final(text)) == pytest.approx(1.0 if exact else 0.1)  # committed at once
+    assert reward(task, cfg, answer("up"), revise(text), final(text)) == pytest.approx(1 + 0.1 * progress - 0.01 if exact else 0.1 + 0.9 * progress)  # after an attempt of progress 0
+    assert reward(task, cfg, answer("left"), revise(text)) == reward(task, cfg, answer(text)) == 0  # uncommitted: malformed in the paper
+    assert reward(task, cfg, answer(text), revise(text), final(text)) == reward(task, cfg, answer(text), answer("left"), final("left")) == 0  # repeated; a revision without THINK
 
 
 # ---------------------------------------------------------------- the command line
@@ -1945,4 +2531,6 @@ def speed(words, steps=7):
 
 
 if __name__ == "__main__":
-    vrrl.run_main(speed, sys.argv[1:])
+    command, *words = sys.argv[1:] or [""]
+    tools = {"processor": print_processor}
+    vrrl.run_main(tools.get(command, speed), words if command in tools else sys.argv[1:])
