@@ -2457,7 +2457,7 @@ def test_evaluating_a_saved_model_gives_the_runs_figures(smoke, capsys):
     assert f"| {folder.name}-model | id |" in capsys.readouterr().out
 
 
-# ---------------------------------------------------------------- speed: python test_vrrl.py [key=value ...]
+# ---------------------------------------------------------------- speed: python test_vrrl.py [gpu] [key=value ...]
 
 
 class Clock(vrrl.Log):
@@ -2530,7 +2530,91 @@ def speed(words, steps=7):
         row(f"{samples} samples", f"rl.samples={samples}")
 
 
+PEAK = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090": 71}  # dense bf16, 10^12 operations a second, by the makers' tables
+
+
+def gpu(words):
+    """`python test_vrrl.py gpu profile=qwen2.5-vl-3b`: one SFT step and five RL steps of a profile, as a row of README's table.
+
+    The model has the true architecture and size and random weights; nothing is downloaded. It would never end a turn, so turns are
+    `policy.max_new` = 48 tokens long, as a long demonstration's, each counts as another attempt, and rewards are made up: every
+    group is trained on. What a step takes then depends on the sizes alone. A word may change any setting.
+    """
+    given = ["policy.max_new=48", "nav.train_maps=200", "nav.sft_traces=64", "nav.test_maps=4", "nav.dev_maps=4", "sft.steps=1", "rl.steps=5", "buffer.start=1", *words]
+    cfg, _ = vrrl.read_config(given)
+    if cfg.profile not in ARCHITECTURES:
+        raise vrrl.UserError(f"profile={cfg.profile}: one of {', '.join(ARCHITECTURES)}")
+    device, task, tokenizer = vrrl.device_of(cfg), vrrl.TASKS[cfg.task](cfg), bpe_tokenizer()
+    torch.set_num_threads(cfg.threads or os.cpu_count())
+    kind = "qwen2_5_vl" if cfg.profile.startswith("qwen2") else "qwen3_vl"
+    size = PREPROCESSOR[kind].get("size") or dict(shortest_edge=PREPROCESSOR[kind]["min_pixels"], longest_edge=PREPROCESSOR[kind]["max_pixels"])
+    if kind == "qwen3_vl":
+        size = {**size, "shortest_edge": 65536}  # the released one
+    keys = ("patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std")
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    processor = Qwen2VLImageProcessorPil(size=size, **{key: PREPROCESSOR[kind][key] for key in keys})
+
+    def load():
+        torch.manual_seed(cfg.seed)
+        with torch.device(device):
+            model = transformers.AutoModelForImageTextToText.from_config(
+                architecture(cfg.profile, tokenizer), dtype=vrrl.dtype_of(cfg, device),
+                attn_implementation={"text_config": "grouped" if device.type == "cpu" else "sdpa", "vision_config": "sdpa"})
+        if cfg.policy.checkpointing:
+            data_prep.checkpoint_layers(model)
+        return vrrl.Policy(model.eval(), tokenizer, processor, cfg)
+
+    rng, read, real_parse, real_reward = random.Random(0), [], vrrl.parse_turn, vrrl.reward
+    policy, clock = load(), Clock()
+    sample, log_probs = policy.sample, policy.log_probs
+
+    def ended(*args):
+        return [([*ids[:-1], policy.end_id], logps) for ids, logps in sample(*args)]
+
+    def counted(episodes):
+        openings = {id(e.question_ids): len(e.opening) for e in episodes}  # one that several share is read once
+        read.append(sum(openings.values()) + sum(len(e.rest) for e in episodes))
+        return log_probs(episodes)
+
+    policy.sample, policy.log_probs = ended, counted
+    vrrl.parse_turn = lambda task, text: ("answer", "hole", tuple(rng.choices(list(MOVES), k=rng.randint(1, 9))))
+    vrrl.reward = lambda task, e, cfg: rng.random() * 0.9 + 0.05
+    real_well_formed, vrrl.well_formed = vrrl.well_formed, lambda task, turns, unfinished=False: True
+    try:
+        began = time.time()
+        vrrl.sft(policy, task, cfg, vrrl.Log())
+        taught = time.time() - began
+        read.clear()
+        reference = load() if cfg.rl.kl or cfg.rl.measure_kl else None
+        vrrl.rl(policy, reference, task, cfg, clock)
+    finally:
+        vrrl.parse_turn, vrrl.reward, vrrl.well_formed = real_parse, real_reward, real_well_formed
+    total = lambda key: sum(line[key] for line in clock.lines)
+    rollouts, sampling, update = total("rollouts"), total("seconds_sampling"), total("seconds_update")
+    trained = sum(p.numel() for p in policy.model.model.language_model.parameters())
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    peak = next((most for key, most in PEAK.items() if key in name), None)
+    share = f"{6 * trained * sum(read) / update / peak / 1e12:.0%}" if peak else "-"
+    memory = f"{torch.cuda.max_memory_allocated() / 1e9:.1f}" if device.type == "cuda" else "-"
+    print("| profile | GPU | optimizer | peak memory, GB | SFT step, s | s a rollout | s an update | tokens sampled a second | tokens read a second, update | share of the bf16 peak |\n|" + " --- |" * 10)
+    print(f"| {cfg.profile} | {name} | {data_prep.optimizer_kind(policy.model, cfg, device)} | {memory} | {taught:.2f} | {sampling / rollouts:.3f} | {update / cfg.rl.steps:.1f} "
+          f"| {total('sampled_tokens') / sampling:.0f} | {sum(read) / update:.0f} | {share} |", flush=True)
+
+
+def test_the_command_for_the_gpu_table_works_at_a_tiny_size(home, monkeypatch, capsys):
+    tiny = {"text_config": dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2),
+            "vision_config": dict(depth=4, hidden_size=32, intermediate_size=48, num_heads=2, out_hidden_size=64)}
+    small = {"rope_parameters": dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 2, 2])}
+    for profile, kept in (("qwen2.5-vl-3b", dict(window_size=112, fullatt_block_indexes=[1])), ("qwen3-vl-2b", dict(deepstack_visual_indexes=[0, 2]))):
+        text = {**tiny["text_config"], **small, **({} if "2.5" in profile else {"head_dim": 16})}
+        monkeypatch.setitem(ARCHITECTURES, profile, {"text_config": {"vocab_size": 400, **text}, "vision_config": {**tiny["vision_config"], **kept}})
+        gpu([f"profile={profile}", "device=cpu", "threads=1", f"data={home / 'gpu'}", "policy.dtype=float32", "policy.max_new=6", "nav.train_maps=40", "nav.sft_traces=16", "sft.batch=4",
+             "rl.steps=2", "rl.questions=2", "rl.samples=2", "rl.max_turns=3", "rl.rollin_turns=3", "rl.at_once=2", "nav.cell=56"])
+        row = capsys.readouterr().out.splitlines()[-1]
+        assert row.startswith(f"| {profile} | CPU | ") and row.count("|") == 11 and "nan" not in row
+
+
 if __name__ == "__main__":
     command, *words = sys.argv[1:] or [""]
-    tools = {"processor": print_processor}
+    tools = {"processor": print_processor, "gpu": gpu}
     vrrl.run_main(tools.get(command, speed), words if command in tools else sys.argv[1:])
