@@ -1852,7 +1852,7 @@ def test_a_real_model_goes_through_the_whole_command(real, home, tmp_path, monke
     moved = lambda a, b, part: any(not torch.equal(a[k], b[k]) for k in a if part in k)
     assert moved(start, given, "language") and moved(trained, start, "language")
     assert moved(trained, start, "visual") == ("rl.freeze_vision=no" in words)
-    vrrl.main([f"mode=eval", *words, f"model={folder / 'model'}"])
+    vrrl.main(["mode=eval", *words, f"model={folder / 'model'}"])
     figures = lambda rows: [[row[k] for k in ("split", "n", "first", "final", "commit", "turns", "final_by_map")] for row in rows]
     again, before = (json.loads((f / "results.json").read_text())["rows"] for f in (tmp_path / f"eval-{folder.name}-model", folder))
     assert figures(again) == figures([row for row in before if row["method"] == "vrrl"])
@@ -1873,8 +1873,6 @@ def quadratic(make, lr, steps, dtype):
 
 def test_updates_too_small_for_bf16_add_up_with_copies_and_with_compensation_and_not_without():
     """At the paper's rate of 5e-7 plain bf16 AdamW leaves the weights where they were."""
-    ours = lambda kind: lambda module: lambda o=kind(SimpleNamespace(model=module)): o.step(5e-7, 1e9)
-
     def plain(module):
         adam = torch.optim.AdamW(module.parameters(), lr=5e-7, betas=(0.9, 0.95), weight_decay=0.0)
         return lambda: (adam.step(), adam.zero_grad())
@@ -1947,7 +1945,7 @@ def test_out_of_memory_says_what_to_lower(capsys, error):
 
 
 def test_every_mend_for_memory_is_a_setting():
-    spec = vrrl.settings_table()[0]
+    spec = data_prep.settings_table()[0]
     names = [word.split("=")[0] for word in re.findall(r"[a-z]+\.[a-z_]+", data_prep.MENDS)]
     assert len(names) > 8 and all(name in spec for name in names)
 
@@ -2615,6 +2613,6 @@ def test_the_command_for_the_gpu_table_works_at_a_tiny_size(home, monkeypatch, c
 
 
 if __name__ == "__main__":
-    command, *words = sys.argv[1:] or [""]
+    line, *words = sys.argv[1:] or [""]
     tools = {"processor": print_processor, "gpu": gpu}
-    vrrl.run_main(tools.get(command, speed), words if command in tools else sys.argv[1:])
+    vrrl.run_main(tools.get(line, speed), words if line in tools else sys.argv[1:])
