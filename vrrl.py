@@ -418,6 +418,7 @@ class Policy:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
                     out = self.model.model.get_image_features(x, grid, return_dict=True)
                 deep = getattr(out, "deepstack_features", None) or []
+                deep = [d.chunk(n) if torch.is_tensor(d) else d for d in deep]  # older versions of the library leave the pictures together
                 for i, q in enumerate(part):
                     features[id(q)] = (out.pooler_output[i], [d[i] for d in deep])
                     if self.keep:
