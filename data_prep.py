@@ -1052,13 +1052,17 @@ def point_turns(task, record):
 def draw_point(image, point, crop=0):
     """Feedback: a new RGB image with a mark at `point`, in pixels; or a crop of it, `crop` pixels a side, moved inside the image.
 
-    Rings of black and white around a magenta dot: something of it contrasts with whatever is below.
+    Cross hairs and rings of black and white around a magenta dot: something of it contrasts with whatever is below. The hairs
+    run through the whole image, so that a look anywhere along them tells one coordinate.
     """
     image = image.convert("RGB") if image.mode != "RGB" else image.copy()
     radius = max(4, round(max(image.size) / 60))
     x, y = (min(max(int(p), 0), n - 1) for p, n in zip(point, image.size))
     draw, line = ImageDraw.Draw(image), max(1, radius // 4)
     disc = lambda r, **colours: draw.ellipse((x - r, y - r, x + r, y + r), **colours)
+    for at, colour in ((0, (0, 0, 0)), (1, (255, 255, 255))):
+        draw.line((0, y + at, image.width, y + at), fill=colour)
+        draw.line((x + at, 0, x + at, image.height), fill=colour)
     disc(radius, outline=(0, 0, 0), width=line)
     disc(radius - line, outline=(255, 255, 255), width=line)
     disc(max(1, radius // 3), fill=(255, 0, 200))
