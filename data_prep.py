@@ -1813,7 +1813,7 @@ def open_run(folder, flat):
         if (folder / "results.json").is_file():
             return False
     write_file(old, yaml.safe_dump(settings, sort_keys=False))
-    about = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "host": platform.node(), "machine": platform.machine(),
+    about = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "version": code_version(), "host": platform.node(), "machine": platform.machine(),
              "device": _device(),
              "cores": os.cpu_count(), "threads": torch.get_num_threads(), "python": platform.python_version(),
              "torch": torch.__version__, "transformers": transformers.__version__}
@@ -1897,22 +1897,15 @@ def table(models):
     return "\n".join(lines)
 
 
-def bits(outcomes):
-    return "".join("01"[bool(o)] for o in outcomes)
+def bits(found):
+    """One character a map: 1 right, 0 wrong, - not counted."""
+    return "".join("-" if f is None else "01"[bool(f)] for f in found)
 
 
-def paired_difference(new, old, key, samples=2000, seed=0):
-    """Mean over the out-of-distribution splits of new - old in `key`, with a 95 % bootstrap interval over maps.
-
-    Both models are resampled on the same maps, since a map's difficulty is common to both.
-    """
-    rng = np.random.default_rng(seed)
-    key += "_by_map"
-    pairs = [np.array([int(a) - int(b) for a, b in zip(x[key], y[key])]) for x, y in zip(new, old) if x["ood"] and x[key]]
-    if not pairs:
-        return None
-    draws = np.mean([d[rng.integers(len(d), size=(samples, len(d)))].mean(1) for d in pairs], 0)
-    return float(np.mean([d.mean() for d in pairs])), *map(float, np.percentile(draws, [2.5, 97.5]))
+def paired_difference(new, old, key):
+    """`seed_difference` of two models of one seed, out of distribution: an interval over maps."""
+    alone = lambda rows: [{**row, "seed": 0} for row in rows if row["ood"]]
+    return seed_difference(alone(new), alone(old), key)
 
 
 def differences(models):
@@ -1954,14 +1947,14 @@ def study_report(cfg, cells):
         method, seed = own["method"], own["seed"]
         kept = [row for row in json.loads((folder / "results.json").read_text())["rows"] if row["method"] == method]
         dev = json.loads((folder / "dev.json").read_text())
-        rows += [{**row, "dev_final": part["final"]} for row, part in zip(kept[-len(dev):], dev)]
+        rows += [{**row, "dev_final": part["final"]} for row, part in zip(kept, dev, strict=True)]
         settings[method] = {k: v for k, v in own.items() if k not in ("method", "seed")}
         made.append({"method": method, "seed": seed, "minutes": round(minutes, 1),
-                     **{k: run[k] for k in ("started", "machine", "device", "cores", "threads", "python", "torch", "transformers")}})
+                     **{k: run[k] for k in ("version", "started", "machine", "device", "cores", "threads", "python", "torch", "transformers")}})
     shared = {k: v for k, v in settings[method].items() if all(s.get(k) == v for s in settings.values())}
     about = {"settings": shared, "methods": {m: {k: v for k, v in s.items() if k not in shared} for m, s in settings.items()},
-             "version": code_version(), "cells": made}
-    file = Path(cfg.results) / f"study_{cfg.task}.json"
+             "cells": made}
+    file = study_file(cfg)
     file.parent.mkdir(parents=True, exist_ok=True)
     write_file(file, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
     write_file(file.with_suffix(".md"), study_text(cfg) + "\n")
@@ -1972,8 +1965,12 @@ def study_report(cfg, cells):
     draw_curves(file.with_suffix(".png"), panels, columns=2)
 
 
+def study_file(cfg):
+    return Path(cfg.results) / f"study_{cfg.task}{'' if cfg.profile == 'default' else '-' + cfg.profile}.json"
+
+
 def code_version():
-    """A checksum of the program: figures of different versions are not compared."""
+    """A checksum of the program, kept with every run: figures of different versions should not be compared."""
     here = Path(__file__).parent
     return checksum(b"".join((here / name).read_bytes() for name in ("vrrl.py", "data_prep.py", "config.yaml")))
 
@@ -1984,31 +1981,40 @@ def _mean(values):
     return np.mean(values, 0) if values else None
 
 
+def outcomes(bits):
+    """'01-' -> (0, 1, nan): one number a map, nan where nothing was counted."""
+    return np.array([np.nan if b == "-" else float(b) for b in bits])
+
+
 def seed_difference(new, old, key, against=None, samples=2000):
     """Mean of new - old in `key` over the given rows, with a 95 % bootstrap interval over seeds and maps; None without pairs.
 
-    new, old: rows of two methods, or of one where `against` is another key. Paired by seed, split and map; each draw takes seeds
-    with replacement and, of each seed and split, maps with replacement.
+    new, old: rows of two methods, or of one where `against` is another key. Paired by seed, split and map. A draw takes seeds with
+    replacement, and for each split one set of maps for all of them, since the maps are common to the seeds.
     """
     rng, key, against = np.random.default_rng(0), f"{key}_by_map", f"{against or key}_by_map"
     place = {(r["seed"], r["split"]): r for r in old}
-    gaps = {}
-    for row in new:
-        other = place.get((row["seed"], row["split"]))
-        if other and row.get(key) and other.get(against):
-            gaps.setdefault(row["seed"], []).append(np.array([int(a) - int(b) for a, b in zip(row[key], other[against])]))
-    if not gaps:
+    pairs = [(r, other) for r in new if (other := place.get((r["seed"], r["split"]))) and key in r and against in other]
+    if not pairs:
         return None
-    # (seeds, samples): the mean over splits of a resampled mean over maps
-    drawn = np.stack([np.mean([g[rng.integers(len(g), size=(samples, len(g)))].mean(1) for g in splits], 0) for splits in gaps.values()])
-    chosen = rng.integers(len(drawn), size=(samples, len(drawn)))
-    means = drawn[chosen, np.arange(samples)[:, None]].mean(1)
-    return float(np.mean([np.mean([g.mean() for g in splits]) for splits in gaps.values()])), *map(float, np.percentile(means, [2.5, 97.5]))
+    seeds, splits = sorted({r["seed"] for r, _ in pairs}), sorted({r["split"] for r, _ in pairs})
+    gaps = {s: np.stack([outcomes(r[key]) - outcomes(o[against]) for seed in seeds for r, o in pairs if (r["seed"], r["split"]) == (seed, s)])
+            for s in splits}  # (seeds, maps)
+    found = np.full((samples, len(splits)), np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a draw without any counted map
+        for n in range(samples):
+            chosen = rng.integers(len(seeds), size=len(seeds))
+            for i, gap in enumerate(gaps.values()):
+                found[n, i] = np.nanmean(gap[chosen][:, rng.integers(gap.shape[1], size=gap.shape[1])])
+        means = np.nanmean(found, 1)
+        middle = np.nanmean([np.nanmean(gap) for gap in gaps.values()])
+    return float(middle), *map(float, np.nanpercentile(means, [2.5, 97.5]))
 
 
 def study_text(cfg):
     """The tables of results/study_<task>.json as Markdown."""
-    file = Path(cfg.results) / f"study_{cfg.task}.json"
+    file = study_file(cfg)
     if not file.is_file():
         raise UserError(f"{file} does not exist: python vrrl.py mode=study task={cfg.task} makes it")
     found = json.loads(file.read_text())
@@ -2039,7 +2045,9 @@ def study_text(cfg):
     splits = list(dict.fromkeys(r["split"] for r in rows))
     text += ["", "**Final accuracy by split**", "", *header("method", *splits)]
     text += [line(m, *(percent(_mean([r["final"] for r in rows if (r["method"], r["split"]) == (m, s)])) for s in splits)) for m in methods]
-    dev = {m: _mean([r["dev_final"] for r in of(m)]) for m in RL_BASELINES if of(m)}
+    common = set.intersection(*({r["seed"] for r in of(m)} for m in RL_BASELINES if of(m)), set(r["seed"] for r in rows))
+    dev = {m: _mean([r.get("dev_final") for r in of(m) if r["seed"] in common]) for m in RL_BASELINES if of(m)}
+    dev = {m: found for m, found in dev.items() if found is not None}
     if "vrrl" in methods and len(methods) > 1:
         best = max(dev, key=dev.get, default=None)
         text += ["", "**VRRL minus the other methods, out of distribution, points [95 %]**" + (f"; the best other RL method on dev is `{best}`" if best else ""),
@@ -2047,7 +2055,7 @@ def study_text(cfg):
         text += [line(m + " (best other RL on dev)" * (m == best), *(points(seed_difference(of("vrrl"), of(m), k)) for k in ("final", "first", "repair_fixed")))
                  for m in methods if m != "vrrl"]
     if any(r.get("repair_undrawn") is not None for r in rows):
-        text += ["", "**Grounding, out of distribution: repair of the fixed wrong attempts when the feedback shows ...; true minus each, points [95 %]**", "",
+        text += ["", "**Grounding, out of distribution: repair of the fixed wrong attempts (mean of the splits) when the feedback shows ...; true minus each, points [95 %]**", "",
                  *header("method", "its attempt", *(p.replace("_", " ") for p in PROBES), *(f"minus {p.replace('_', ' ')}" for p in PROBES))]
         text += [line(m, *(cell(m, True, f"repair_{p}") for p in ("fixed", *PROBES)),
                       *(points(seed_difference(of(m), of(m), "repair_fixed", f"repair_{p}")) for p in PROBES)) for m in methods]
@@ -2055,8 +2063,10 @@ def study_text(cfg):
     text += ["", "**Final accuracy out of distribution after 1, 2, ... turns**", "", *header("method", *range(1, turns + 1))]
     text += [line(m, *(percent(x) for x in _mean([r["after_turn"] for r in of(m)]))) for m in methods if of(m)]
     device = ", ".join(sorted({f"{c['machine']} {c['device']}, {c['threads']} threads, torch {c['torch']}" for c in made}))
-    text += ["", f"{len(made)} runs, {sum(c['minutes'] for c in made):.0f} minutes in all; {device}. Test splits, {rows[0]['n']} questions each; percent; greedy unless said; "
-             "in brackets the lowest and highest seed; intervals: bootstrap over seeds and maps."]
+    text += ["", f"{len(made)} runs, {sum(c['minutes'] for c in made):.0f} minutes in all; {device}. {rows[0]['n']} questions a split; percent; greedy unless said; "
+             "in brackets the lowest and highest seed. Intervals: bootstrap over seeds and maps; with three seeds or fewer they are too narrow."]
+    if len({c.get("version") for c in made}) > 1:
+        text += ["", "The runs are of more than one version of the program."]
     return "\n".join(text).strip()
 # ---------------------------------------------------------------- 13. the authors' data and real models
 
@@ -2261,8 +2271,9 @@ def memory_needed(model, cfg, device, picture, largest=0, training=True):
     layer = (12 * width + 6 * heads * head + 4 * text.intermediate_size) * size + kv
     block = (18 * vision.hidden_size + 4 * vision.intermediate_size) * size
     words = lambda t: len(t) // 3 + 8                                                  # tokens
-    opening = words(cfg.protocol.system) + words(cfg.protocol.question) + picture
-    answered, more = words(cfg.protocol.feedback) + picture, max(0, largest - picture)
+    longer = functools.partial(max, key=len)                                           # of the words of both kinds of tasks
+    opening = words(cfg.protocol.system) + words(longer(cfg.protocol.question, cfg.points.question + 80 * ' ')) + picture
+    answered, more = words(longer(cfg.protocol.feedback, cfg.points.reply)) + picture, max(0, largest - picture)
     encoded = picture * (1 + len(getattr(vision, "deepstack_visual_indexes", ()))) * width * size   # bytes a picture
 
     def update(rows, turns, turn, frozen):
@@ -2285,7 +2296,7 @@ def memory_needed(model, cfg, device, picture, largest=0, training=True):
         parts["optimizer"] = trained * (12 if kind == "master" else 3 * size)
         parts["activations"] = update(cfg.sft.micro, 6, 40, cfg.sft.freeze_vision)      # the longest traces have six short turns
         if cfg.sft.freeze_vision and cfg.policy.keep_pictures:
-            parts["activations"] += 3 * cfg.nav.sft_traces * encoded
+            parts["activations"] += 3 * max(cfg.nav.sft_traces, cfg.points.sft_traces) * encoded
         if cfg.rl.steps:
             rollouts = cfg.rl.questions * cfg.rl.samples
             parts["reference"] = parameters * size * bool(cfg.rl.kl or cfg.rl.measure_kl)
@@ -2317,7 +2328,7 @@ def check_memory(source, cfg, device, dtype, task):
     training = cfg.mode == "train"
     images = lambda split: [task.image(example) for example in task.load(split)[:32]]
     tokens = lambda split: max(processor.get_number_of_image_patches(i.height, i.width) // processor.merge_size**2 for i in images(split))
-    tests = max(tokens(f"{cfg.eval.splits}_{name}") for name in task.SPLITS)
+    tests = max(tokens("own" if cfg.image else f"{cfg.eval.splits}_{name}") for name in task.SPLITS)
     parts, has = memory_needed(model, cfg, device, tokens("train") if training else tests, tests, training), memory_of(device)
     gb = lambda n: f"{n / 1e9:.1f}"
     line = f"needs about {gb(memory_sum(parts))} GB: " + ", ".join(f"{name} {gb(n)}" for name, n in parts.items()) + f"; has {gb(has)} GB"

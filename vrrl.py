@@ -38,6 +38,7 @@ Run `python vrrl.py` for the default run, `python vrrl.py --help` for every sett
 """
 import dataclasses
 import functools
+import gc
 import hashlib
 import itertools
 import json
@@ -107,7 +108,7 @@ class Navigation:
     Test splits: `id`, in distribution; `size`, larger grids; `look`, tiles and colours never trained on; `both`.
     """
 
-    SPLITS = ("id", "size", "look", "both")  # the first is in distribution
+    SPLITS = ("id", "size", "look", "both")  # id: in distribution
     lesson = staticmethod(data_prep.see_talk)  # what the embedded model sees before it learns the task
 
     def __init__(self, cfg, show=True):
@@ -572,6 +573,8 @@ def load_policy(name, cfg):
         if cfg.policy.checkpointing:
             data_prep.checkpoint_layers(model)
         return Policy(model.to(device).eval(), data_prep.load_tokenizer(source), data_prep.image_processor(source), cfg)
+    except (UserError, torch.OutOfMemoryError):
+        raise
     except Exception as error:  # half a download, another architecture: the libraries raise many kinds
         raise UserError(f"model={name} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
 
@@ -926,7 +929,7 @@ def sft(policy, task, cfg, log):
     examples = task.load("sft")
     # A trace's last turn commits the right path; as a first ANSWER it is a trace of one turn.
     answer = lambda e: {**e, "turns": [{"text": e["turns"][-1]["text"].replace("FINAL", "ANSWER"), "loss": True}]}
-    for title, steps, traces in (("first", cfg.sft.first_steps, map(answer, examples)), ("sft", cfg.sft.steps, examples)):
+    for title, steps, traces in (("first", cfg.sft.first_steps, map(answer, examples)), ("sft", round(cfg.sft.steps * cfg.sft.times), examples)):
         traces = [demonstration(policy, task, e) for e in traces] if steps else []
         if policy.keep:  # now, in one order: rounding depends on which pictures are encoded together
             with torch.no_grad():
@@ -948,6 +951,7 @@ def rl(policy, reference, task, cfg, log):
     policy.freeze_vision(cfg.rl.freeze_vision)
     if reference:
         reference.freeze_vision(True)
+        reference.keep = policy.keep
     optimizer, buffer, examples, group = optimizer_for(policy), RollInBuffer(cfg.buffer), task.load("train"), cfg.rl.samples
     restore = lambda state: buffer.restore(state, task, examples)
     at_once = max(1, (cfg.rl.at_once or cfg.rl.questions * group) // group)  # questions
@@ -1015,7 +1019,7 @@ def rl(policy, reference, task, cfg, log):
              "rollin_repair": average(solved(task, e) for e in rolled if e.force_think),
              "commit": average(e.committed for e in fresh),
              "well_formed": average(well_formed(task, e.all_turns) for e in episodes),
-             "repeats": average(len(set(e.attempts)) < len(e.attempts) for e in episodes),
+             "repeats": average(any(task.same(a, b) for a, b in itertools.combinations(e.attempts, 2)) for e in episodes),
              "turns": dict(sorted(Counter(len(e.turns) for e in fresh).items())),
              "entropy": entropy / max(1, tokens), "kl": average(divergence), "kept": len(kept) / len(rewards),
              "rollins": len(rolled) / len(episodes), "buffer": len(buffer.entries),
@@ -1095,7 +1099,7 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
         wrong[name] = {e.example["id"]: e.turns[0].ids for e, ok in zip(own, first) if e.attempts and not ok}
         reached = lambda e, turn: solved(task, e, min(turn, len(e.attempts) - 1))
         row = {
-            "split": name, "ood": name != task.SPLITS[0], "n": len(own), "first": average(first), "final": average(final),
+            "split": name, "ood": name != "id", "n": len(own), "first": average(first), "final": average(final),
             "committed": average(ok and e.committed for ok, e in zip(final, own)),
             "repair_own": average(ok for ok, was in zip(final, first) if not was),
             "break": average(not ok for ok, was in zip(final, first) if was), "commit": average(e.committed for e in own),
@@ -1115,8 +1119,10 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
             attempts = [wrong_start(policy, task, e, given[e["id"]]).attempts[0] for e in failed]
             shown |= {probe: Probe(task, picture) for probe, picture in probes(task, list(zip(failed, attempts))).items()}
         for probe, view in shown.items():
-            repaired = [solved(task, e) for e in run([wrong_start(policy, view, e, given[e["id"]]) for e in failed], shown=view)]
-            row |= {f"repair_{probe}": average(repaired), f"repair_{probe}_by_map": data_prep.bits(repaired), "n_fixed": len(repaired)}
+            played = run([wrong_start(policy, view, e, given[e["id"]]) for e in failed], shown=view)
+            repaired = {e.example["id"]: solved(task, e) for e in played}
+            row |= {f"repair_{probe}": average(repaired.values()), "n_fixed": len(repaired),
+                    f"repair_{probe}_by_map": data_prep.bits(repaired.get(e["id"]) for e in examples)}
     bar.close()
     return rows, fixed or wrong, kept
 
@@ -1172,7 +1178,8 @@ def train(cfg, flat, words, folder):
     models = {}
     models["sft"], fixed = evaluated(base_folder, base, task, base_cfg)
     log.stage("evaluate sft")
-    del base  # its memory is needed
+    del base
+    gc.collect()  # its memory is needed, and it refers to itself
     policy, own_folder = sft_model(cfg, flat, task)
     if not (folder / "checkpoints").is_dir():
         write_file(folder / "metrics.jsonl", (own_folder / "metrics.jsonl").read_text())
@@ -1192,16 +1199,19 @@ def train(cfg, flat, words, folder):
 
 def study(cfg, words):
     """Every method with every seed, each a run that is skipped once it is done; then tables and a figure from the runs' own files."""
+    task = TASKS[cfg.task](cfg)
+    for name in task.SPLITS:  # "the best other RL method" is chosen on dev: is it there?
+        task.load(f"dev_{name}")
     methods, cells = ("sft", "sft_long", *data_prep.RL_BASELINES, "vrrl"), []
     for seed, method in itertools.product(range(cfg.study.seeds), methods):  # all methods of a seed start from one SFT model
-        run = cfg.run or f"study-{cfg.task}"
+        run = cfg.run or "study-" + data_prep.study_file(cfg).stem.removeprefix("study_")
         cell = [*words, "mode=train", f"method={method}", f"seed={seed}", "eval.probes=yes", f"run={run}/{method}-seed{seed}"]
         folder = Path(cfg.runs) / run / f"{method}-seed{seed}"
         print(f"== {method}, seed {seed}: {seed * len(methods) + methods.index(method) + 1} of {cfg.study.seeds * len(methods)}", file=sys.stderr)
         main(cell)  # prints its table and does nothing else if it is done; complains if that had other settings
-        if not (folder / "dev.json").is_file():  # "the best other RL method" is chosen on dev
+        if not (folder / "dev.json").is_file():
             dev, _ = read_config([*cell, "eval.splits=dev"])
-            rows, _, _ = evaluate(load_policy(folder / "model", dev), TASKS[dev.task](dev), dev, title="dev", brief=True)
+            rows, _, _ = evaluate(load_policy(folder / "model", dev), task, dev, title="dev", brief=True)
             write_file(folder / "dev.json", json.dumps(rows) + "\n")
         cells.append(folder)
         data_prep.study_report(cfg, cells)
