@@ -2300,7 +2300,8 @@ def memory_needed(model, cfg, device, picture, largest=0, training=True):
         if cfg.rl.steps:
             rollouts = cfg.rl.questions * cfg.rl.samples
             parts["reference"] = parameters * size * bool(cfg.rl.kl or cfg.rl.measure_kl)
-            kept = rollouts * cfg.rl.max_turns * encoded * (cfg.rl.freeze_vision and cfg.policy.keep_pictures)
+            frozen = cfg.rl.freeze_vision or parts["reference"] > 0  # the reference's tower always is
+            kept = rollouts * cfg.rl.max_turns * encoded * (frozen and cfg.policy.keep_pictures)
             found = update(cfg.rl.micro, cfg.rl.max_turns, cfg.policy.max_new, cfg.rl.freeze_vision) + kept
             parts["activations"] = max(parts["activations"], found)
             sampling.append((cfg.rl.at_once or rollouts, cfg.rl.max_turns, 0))

@@ -1719,6 +1719,17 @@ def test_recorded_log_probs_of_a_real_model_equal_recomputed_ones(real_policy, m
     assert furthest([l.detach() for l in policy.log_probs(episodes)[0]], [recorded(e) for e in episodes]) < 2e-4
 
 
+def test_log_probs_with_the_librarys_attention_as_on_a_gpu_are_the_same(real_policy, monkeypatch):
+    """On a CPU the heads that share a key go together; a GPU takes the library's kernel, with the same masks and cache."""
+    policy, task = real_policy
+    episodes = sampled(policy, task, monkeypatch, count=2)
+    ours = [l.detach() for l in policy.log_probs(episodes)[0]]
+    monkeypatch.setattr(policy.model.config.text_config, "_attn_implementation", "sdpa")
+    assert furthest([l.detach() for l in policy.log_probs(episodes)[0]], ours) < 1e-4
+    again = vrrl.play(policy, task, [dataclasses.replace(e, turns=[]) for e in episodes[:4]], 1, 3, None, greedy=True)
+    assert furthest([l.detach() for l in policy.log_probs(again)[0]], [recorded(e) for e in again]) < 2e-4
+
+
 def gradients_of(policy, episodes):
     policy.model.zero_grad()
     logps, entropies = policy.log_probs(episodes)
