@@ -2187,6 +2187,16 @@ def optimizer_for(policy):
     return {"master": Optimizer, "kahan": KahanOptimizer}[optimizer_kind(policy.model, policy.cfg, policy.device)](policy)
 
 
+def by_length(episodes, kept, group):
+    """Numbers of the rollouts of the groups `kept`, shortest first, as pairs of one group: a pair shares its opening, and pads less than its whole group would."""
+    length = lambda i: len(episodes[i].rest)
+    pairs = []
+    for n in kept:
+        rows = sorted(range(n * group, (n + 1) * group), key=length)
+        pairs += [rows[i : i + 2] for i in range(0, group, 2)]
+    return [i for pair in sorted(pairs, key=lambda pair: length(pair[-1])) for i in pair]
+
+
 # ---- memory: less of it, and how much is needed
 
 
@@ -2491,6 +2501,28 @@ def read_protocol(path):
     if order not in ("", "image image text", "text image image text"):
         raise UserError(f"protocol={path}: its order of texts and images is not ours: question text, image; feedback image, text")
     return found
+
+
+def run_main(function, words):
+    """Run `function(words)`; what the user can mend becomes one line and exit code 2."""
+    Stopped.on_signals()
+    try:
+        function(words)
+    except Stopped:
+        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except UserError as error:
+        message = error
+    except (torch.OutOfMemoryError, MemoryError):
+        message = f"out of memory: {MENDS}"
+    except OSError as error:  # a folder that cannot be written, a full disk
+        message = f"{error.filename or 'writing'}: {error.strerror or error}; mend that, or choose other folders with runs= and data="
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def main(words):

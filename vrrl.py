@@ -17,7 +17,7 @@ corrections are rewritten from the text so far and do not look at the picture. T
         gradient step on  - sum_i A_i * sum over the unmasked tokens of log pi(token)
         D.append(one prefix of each fresh rollout, cut after an attempt that was drawn)
 
-Groups whose rewards are all equal, or nearly all 0 or 1, teach nothing and are dropped. "The release" below is the authors'
+Groups whose rewards are equal teach nothing; they are dropped and, as in the release, those that are nearly all 0 or 1. "The release" below is the authors'
 published code, which uses GRPO: it divides by the group's standard deviation (here a setting), and has an importance ratio
 and its clipping (each batch is used for one update, so the ratio is one). README.md lists all that differs.
 
@@ -61,7 +61,7 @@ import transformers
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 import data_prep
-from data_prep import Log, Stopped, UserError, device_of, dtype_of, optimizer_for, save_policy, source_of, write_file
+from data_prep import Log, Stopped, UserError, device_of, dtype_of, optimizer_for, run_main, save_policy, source_of, write_file
 
 transformers.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
@@ -536,7 +536,8 @@ class Policy:
     def log_probs(self, episodes):
         """Log-probs, with gradients, and entropies of the action tokens of Episodes (section 4).
 
-        Returns two lists of (action tokens,) tensors. An opening that several episodes share is read once.
+        Returns two lists of (action tokens,) tensors. An opening that several episodes share is read once: rollouts of one
+        start hold the very same objects (see `play`), so their identity tells.
         """
         by_opening = {}  # opening -> the first episode that has it
         shared = [by_opening.setdefault((id(e.question_ids), *map(id, e.replayed)), e) for e in episodes]
@@ -766,7 +767,7 @@ class RollIn:
     def start(self, policy, task):
         """The episode to go on with, as it was when it was cut."""
         episode = begin(policy, task, self.example)
-        # After a wrong attempt the next turn is forced to open with <THINK>: a FINAL may not follow that, so it is not committed.
+        # After a wrong attempt the next turn must open with <THINK>. A FINAL has none, so the policy must revise.
         episode.replayed, episode.force_think = [dataclasses.replace(t) for t in self.turns], not self.right
         for turn in episode.replayed:
             give_feedback(policy, task, episode, turn, {})
@@ -842,7 +843,7 @@ def turn_weights(episode, prefix_mask, rng):
 
 
 def advantages(rewards, std_norm=False):
-    """A_i = R_i - mean of the others in its group. rewards (N, G) -> (N, G)."""
+    """A_i = R_i - mean of the others in its group = G/(G-1) (R_i - mean of all). rewards (N, G) -> (N, G)."""
     group = rewards.shape[1]
     centred = (rewards - rewards.mean(1, keepdim=True)) * group / (group - 1)
     return centred / (rewards.std(1, keepdim=True) + 1e-6) if std_norm else centred
@@ -927,7 +928,7 @@ def sft(policy, task, cfg, log):
     """
     policy.freeze_vision(cfg.sft.freeze_vision)
     examples = task.load("sft")
-    # A trace's last turn commits the right path; as a first ANSWER it is a trace of one turn.
+    # A trace's last turn is a FINAL with the right answer; as an ANSWER, alone, it teaches the first attempt.
     answer = lambda e: {**e, "turns": [{"text": e["turns"][-1]["text"].replace("FINAL", "ANSWER"), "loss": True}]}
     for title, steps, traces in (("first", cfg.sft.first_steps, map(answer, examples)), ("sft", round(cfg.sft.steps * cfg.sft.times), examples)):
         traces = [demonstration(policy, task, e) for e in traces] if steps else []
@@ -982,14 +983,8 @@ def rl(policy, reference, task, cfg, log):
         mean, spread = rewards.mean(1), rewards.max(1).values - rewards.min(1).values
         kept = [n for n in range(len(rewards)) if spread[n] > 1e-6 and 0.01 < mean[n] < 0.99]
 
-        # --- update: one gradient step on this batch, in micro-batches of rollouts of similar length. They are sorted as
-        # pairs of one group: a pair shares its opening, and pads less than its whole group would.
-        length = lambda i: len(episodes[i].rest)
-        pairs = []
-        for n in kept:
-            rows = sorted(range(n * group, (n + 1) * group), key=length)
-            pairs += [rows[i : i + 2] for i in range(0, group, 2)]
-        rows = [i for pair in sorted(pairs, key=lambda pair: length(pair[-1])) for i in pair]
+        # --- update: one gradient step on this batch, in micro-batches of rollouts of similar length
+        rows = data_prep.by_length(episodes, kept, group)
         entropy, divergence, tokens = 0.0, [], 0
         for at in range(0, len(rows), cfg.rl.micro):
             part = rows[at : at + cfg.rl.micro]
@@ -1033,7 +1028,7 @@ def rl(policy, reference, task, cfg, log):
 
 
 class Probe:
-    """A task with other feedback pictures, `picture(example, attempt)`: a correction that looks must suffer from them."""
+    """The task with false feedback pictures, `picture(example, attempt)`: a correction that looks must suffer. Judging stays true."""
 
     def __init__(self, task, picture):
         self.task, self.feedback = task, picture
@@ -1048,7 +1043,7 @@ def probes(task, failed):
     undrawn: the image without the attempt. other_attempt: the same image with an attempt on another question drawn.
     other_image: another question's image, with its own attempt drawn.
     """
-    after = {example["id"]: failed[n + 1 :] + failed[:n] for n, (example, _) in enumerate(failed)}  # the other questions, nearest first
+    after = {example["id"]: failed[n + 1 :] + failed[:n] for n, (example, _) in enumerate(failed)}  # those after it, then from the beginning
 
     def other_attempt(example, attempt):
         others = (other for _, other in after[example["id"]])
@@ -1056,7 +1051,7 @@ def probes(task, failed):
         return task.image(example) if other is None else task.feedback(example, other)
 
     def other_image(example, attempt):
-        return task.feedback(*(after[example["id"]] or [(example, attempt)])[0])
+        return task.feedback(*next((o for o in after[example["id"]] if o[0]["image"] != example["image"]), (example, attempt)))
 
     return {"undrawn": lambda example, attempt: task.image(example), "other_attempt": other_attempt, "other_image": other_image}
 
@@ -1072,8 +1067,10 @@ def wrong_start(policy, task, example, ids):
 def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
     """Greedy play, sampled play and repair of given wrong first turns, on every split. Returns (rows, fixed, episodes).
 
-    rows: a dict a split, with rates in [0, 1] (None where nothing was counted); what ends in `_by_map` is a string of
-    0 and 1, for paired tests. fixed: {split: {example id: token ids of the SFT model's wrong first turn}}, given for every
+    rows: a dict a split, with rates in [0, 1] (None where nothing was counted). first, final: the first or the last attempt is
+    exact; committed: final, and committed; repair_own: final, of those whose first is wrong; break: final is wrong, of those whose
+    first is right; commit: ends in a valid FINAL, right or wrong; after_turn: final, had it stopped after 1, 2, ... turns. What ends in
+    `_by_map` has a character a map (1, 0, - not counted), for paired tests. fixed: {split: {example id: token ids of the SFT model's wrong first turn}}, given for every
     model that is compared with the SFT model, which makes it: repair measured on it cannot be gained by failing first. Without
     it the model's own wrong first turns serve. With cfg.eval.probes, repair of it is also measured under each of `probes`.
     episodes: the greedy ones, by split. brief: greedy play only.
@@ -1255,28 +1252,6 @@ def main(words):
     else:
         print(data_prep.table({name: rows}))
         write_file(folder / "results.json", json.dumps({"rows": rows}, indent=1) + "\n")
-
-
-def run_main(function, words):
-    """Run `function(words)`; what the user can mend becomes one line and exit code 2."""
-    Stopped.on_signals()
-    try:
-        function(words)
-    except Stopped:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        raise SystemExit(130) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except UserError as error:
-        message = error
-    except (torch.OutOfMemoryError, MemoryError):
-        message = f"out of memory: {data_prep.MENDS}"
-    except OSError as error:  # a folder that cannot be written, a full disk
-        message = f"{error.filename or 'writing'}: {error.strerror or error}; mend that, or choose other folders with runs= and data="
-    else:
-        return
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 if __name__ == "__main__":
