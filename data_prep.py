@@ -654,14 +654,15 @@ def _preview(folder, record):
 POINTS = 20   # coordinates of the embedded model run from 0 to 20 along each side
 
 
+RED, BLUE, HAIR = (225, 25, 30), (30, 60, 235), (0, 225, 40)   # marked columns and bars, marked rows, drawn points: the same in every look
+
+
 @dataclass(frozen=True)
 class Style:
     """Colours (R, G, B) and build of tables and charts; None: drawn anew for each picture."""
     page: tuple
     ink: tuple
     head: tuple        # header cells
-    column: tuple      # the marked column header, and the marked bar
-    row: tuple         # the marked row header
     bar: tuple
     rules: str = None  # grid, rows or none
     zebra: bool = None
@@ -673,13 +674,10 @@ class Style:
 # Training sees "paper" and the random MIXES. The others ask whether a skill survives a change of picture: other colours,
 # row headers at the other side, charts of a type never trained on.
 STYLES = {
-    "paper": Style((252, 252, 250), (60, 60, 66), (206, 216, 228), (220, 50, 47), (38, 110, 220), (120, 160, 150)),
-    "slate": Style((34, 40, 52), (200, 206, 216), (66, 78, 100), (250, 210, 70), (80, 220, 160), (120, 130, 190),
-                   "none", True, True, "sideways"),
-    "sand": Style((240, 222, 184), (96, 64, 40), (206, 176, 128), (20, 120, 120), (150, 30, 120), (170, 110, 70),
-                  "rows", False, False, "points"),
-    "print": Style((255, 255, 255), (0, 0, 0), (225, 225, 225), (20, 20, 20), (120, 120, 120), (180, 180, 180),
-                   "grid", False, True, "sideways", True),
+    "paper": Style((252, 252, 250), (60, 60, 66), (206, 216, 228), (120, 160, 150)),
+    "slate": Style((34, 40, 52), (200, 206, 216), (66, 78, 100), (120, 130, 190), "none", True, True, "sideways"),
+    "sand": Style((240, 222, 184), (96, 64, 40), (206, 176, 128), (170, 110, 70), "rows", False, False, "points"),
+    "print": Style((255, 255, 255), (0, 0, 0), (225, 225, 225), (180, 180, 180), "grid", False, True, "sideways", True),
 }
 
 
@@ -690,9 +688,9 @@ def style_of(name):
         return STYLES[name]
     if name not in MIXES:
         raise UserError(f"unknown look {name!r}")
-    rng, used = random.Random(f"style {name}"), []
-    page, column, row, head, bar = (far_colour(rng, used) for _ in range(5))
-    return Style(page, _ink_on(page), head, column, row, bar)
+    rng, used = random.Random(f"style {name}"), [RED, BLUE, HAIR]
+    page, head, bar = (far_colour(rng, used) for _ in range(3))
+    return Style(page, _ink_on(page), head, bar)
 
 
 def _ink_on(colour):
@@ -771,13 +769,13 @@ def table_figure(rng, size, look, kind):
     else:
         heights, widths = [CELL] * (rows + 1), [1]
         while sum(widths) % CELL:   # the whole picture is whole visual tokens
-            widths = [rng.choice((16, 20, 24, 28, 32)) for _ in range(columns + 1)]
+            widths = [rng.choice((16, 16, 32)) for _ in range(columns + 1)]
         dashes = {(r, c): (rng.randint(2, 4), rng.randint(6, 10)) for r in range(1, rows + 1) for c in body}
         question = "find the cell"
-    marks = {(0, column): style.column, (row, head): style.row}
+    marks = {(0, column): RED, (row, head): BLUE}
     if not text:
         for cell in rng.sample([(r, c) for r in range(1, rows + 1) for c in body if (r, c) != (row, column)], rng.randint(0, 3)):
-            marks[cell] = rng.choice((style.column, style.row))
+            marks[cell] = rng.choice((RED, BLUE))
     xs, ys = ([sum(part[:i]) for i in range(len(part) + 1)] for part in (widths, heights))
     place = lambda r, c: (xs[c] + (rules == "grid"), ys[r] + (rules != "none"), xs[c + 1], ys[r + 1])   # a cell without its rules
 
@@ -878,7 +876,7 @@ def chart_figure(rng, size, look, kind):
     else:
         question = f"Point at the {'longest' if lying and ask == 'tallest' else ask} bar."
     if text:
-        hues, title = [style.bar, style.column, style.row], rng.choice(("Sales", "Stock", "Orders", "Visits", "Output"))
+        hues, title = [style.bar, RED, BLUE], rng.choice(("Sales", "Stock", "Orders", "Visits", "Output"))
         notes, lines, steps = not dots and rng.random() < 0.5, rng.random() < 0.5, rng.randint(3, 6)
 
     def paint(fill=None):
@@ -890,7 +888,7 @@ def chart_figure(rng, size, look, kind):
             _block(draw, (base - 2, 0 if not text else before - 8, base, height - after), style.ink)
         else:
             _block(draw, (before - 4, height - base, width - after, height - base + 2), style.ink)
-        hue = lambda s, i: fill if fill and (s, i) == target else hues[s] if text else style.column if i == marked else style.bar
+        hue = lambda s, i: fill if fill and (s, i) == target else hues[s] if text else RED if i == marked else style.bar
         if dots:
             for s in range(count):
                 ends = [((x0 + x1) // 2, (y0 + y1) // 2) for x0, y0, x1, y1 in (place(s, i) for i in range(size))]
@@ -1052,7 +1050,7 @@ def point_turns(task, record):
 def draw_point(image, point, crop=0):
     """Feedback: a new RGB image with a mark at `point`, in pixels; or a crop of it, `crop` pixels a side, moved inside the image.
 
-    Cross hairs and rings of black and white around a magenta dot: something of it contrasts with whatever is below. The hairs
+    Cross hairs with a dot, in a colour that no look uses. The hairs
     run through the whole image, so that a look anywhere along them tells one coordinate.
     """
     image = image.convert("RGB") if image.mode != "RGB" else image.copy()
@@ -1060,12 +1058,11 @@ def draw_point(image, point, crop=0):
     x, y = (min(max(int(p), 0), n - 1) for p, n in zip(point, image.size))
     draw, line = ImageDraw.Draw(image), max(1, radius // 4)
     disc = lambda r, **colours: draw.ellipse((x - r, y - r, x + r, y + r), **colours)
-    for at, colour in ((0, (0, 0, 0)), (1, (255, 255, 255))):
-        draw.line((0, y + at, image.width, y + at), fill=colour)
-        draw.line((x + at, 0, x + at, image.height), fill=colour)
+    draw.line((0, y, image.width, y), fill=HAIR, width=2)
+    draw.line((x, 0, x, image.height), fill=HAIR, width=2)
     disc(radius, outline=(0, 0, 0), width=line)
     disc(radius - line, outline=(255, 255, 255), width=line)
-    disc(max(1, radius // 3), fill=(255, 0, 200))
+    disc(max(1, radius // 3), fill=HAIR)
     if not crop:
         return image
     wide, high = min(crop, image.width), min(crop, image.height)
@@ -1239,7 +1236,7 @@ def point_talk(rng, pictures):
                "say the bars": along(figure.ends, height if figure.columns else width)}
     answers = {question: answer for question, answer in answers.items() if answer}
     for n in range(pictures):
-        question = rng.choice([*answers, "say the point", "say the point"])
+        question = rng.choice([*answers, *["say the point"] * 3])
         image, answer = plain, answers.get(question)
         if answer is None or n or rng.random() < 0.5:
             units = rng.randint(0, POINTS), rng.randint(0, POINTS)
@@ -1253,10 +1250,15 @@ def make_embedded(folder, cfg):
     """Build the embedded model, teach it to see, and save it as a Hugging Face folder.
 
     First single pictures, then conversations of up to `see.pictures` of them: seeing must not depend on how much was
-    said before. The lessons are those of cfg.task.
+    said before. The lessons are those of cfg.task. It starts from random weights, or from a model with fewer words.
     """
     import vrrl
-    vrrl.save_policy(vrrl.Policy(*build_embedded(cfg.seed), cfg), folder)
+    model, tokenizer, processor = build_embedded(cfg.seed)
+    if cfg.see.start:
+        weights = model.state_dict()   # shares memory with the model
+        for name, old in vrrl.load_policy(cfg.see.start, cfg).model.state_dict().items():
+            weights[name][:len(old)] = old   # the embedding has grown; old words keep their ids
+    vrrl.save_policy(vrrl.Policy(model, tokenizer, processor, cfg), folder)
     policy, rng, talk = vrrl.load_policy(folder, cfg), random.Random(cfg.seed), vrrl.TASKS[cfg.task].lesson
 
     def lesson(pictures):
