@@ -457,12 +457,12 @@ def test_a_box_is_exactly_the_pixels_of_its_target(name, kind, look):
 
 
 def test_an_embedded_table_asks_for_the_cell_where_the_marks_of_its_headers_meet():
-    style, rng = data_prep.STYLES["paper"], random.Random(0)
+    rng = random.Random(0)
     for _ in range(40):
         figure = data_prep.table_figure(rng, (rng.randint(3, 7), rng.randint(3, 7)), "paper", "embedded")
         pixels = np.asarray(figure.paint())
-        xs = np.nonzero((pixels[4] == style.column).all(-1))[0]
-        ys = np.nonzero((pixels[:, 4] == style.row).all(-1))[0]
+        xs = np.nonzero((pixels[4] == data_prep.RED).all(-1))[0]
+        ys = np.nonzero((pixels[:, 4] == data_prep.BLUE).all(-1))[0]
         assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == figure.box
         assert pixels.shape[0] % 16 == 0 and pixels.shape[1] % 16 == 0
 
@@ -472,12 +472,12 @@ def test_an_embedded_chart_asks_for_the_bar_that_is_tallest_shortest_or_marked()
     for _ in range(60):
         figure = data_prep.chart_figure(rng, rng.randint(3, 8), "paper", "embedded")
         pixels, word = np.asarray(figure.paint()), figure.question.split()[-1]
-        bars = ((pixels == style.bar) | (pixels == style.column)).all(-1)
+        bars = ((pixels == style.bar) | (pixels == data_prep.RED)).all(-1)
         high = {x: int(bars[:, x].sum()) for x in np.nonzero(bars.any(0))[0]}
         x0, y0, x1, y1 = figure.box
         rest = [h for x, h in high.items() if not x0 <= x < x1]
         assert {"tallest": high[x0] >= max(rest) + 3, "shortest": high[x0] <= min(rest) - 3,
-                "marked": (pixels[y0:y1, x0:x1] == style.column).all()}[word]
+                "marked": (pixels[y0:y1, x0:x1] == data_prep.RED).all()}[word]
         asked[word] += 1
     assert min(asked.values()) > 8 and len(asked) == 3
 
@@ -582,7 +582,7 @@ def test_a_crop_is_of_its_size_inside_the_image_and_shows_the_mark(pointing):
             left = [min(max(int(min(p, side - 1)) - 100, 0), side - 200) for p, side in zip(task.pixel(e, attempt), e["size"])]
             assert crop.size == (200, 200)
             assert crop.tobytes() == whole.crop((left[0], left[1], left[0] + 200, left[1] + 200)).tobytes()
-            assert (np.asarray(crop) == (255, 0, 200)).all(-1).any()
+            assert (np.asarray(crop) == data_prep.HAIR).all(-1).any()
     small = Image.new("RGB", (90, 300))
     assert data_prep.draw_point(small, (5, 5), 200).size == (90, 200)
 
@@ -624,7 +624,7 @@ def test_pointing_lessons_say_what_is_in_the_picture_and_are_of_all_sizes():
             if question == "say the point":
                 again = Image.new("RGB", image.size)
                 x, y = (min(int(v / 20 * side), side - 1) for v, side in zip(numbers, image.size))
-                assert image.getpixel((x, y)) == (255, 0, 200) and again.size == image.size
+                assert image.getpixel((x, y)) == data_prep.HAIR and again.size == image.size
             elif question != "say the bars":
                 assert numbers == sorted(numbers) and 3 <= len(numbers) <= 8
     assert {h for _, h in shapes} >= {64, 80, 96, 112, 128}
