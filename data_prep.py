@@ -2271,8 +2271,8 @@ def memory_needed(model, cfg, device, picture, largest=0, training=True):
     """{part: bytes} of a run at its worst: every turn of every conversation as long as it may be.
 
     model: the model, or the same on the meta device. picture: visual tokens of the largest training picture; largest: of all. Gradients and activations
-    on one side and the cache of sampling on the other are never there together. What CUDA and the libraries keep for
-    themselves is counted as 1 GB, as part of weights.
+    on one side and the cache of sampling on the other are never there together. What the libraries keep for
+    themselves is counted as 1 GB on a GPU and 2 GB on a CPU, as part of weights.
     """
     text, vision = model.config.text_config, model.config.vision_config
     parameters, trained, size = model_sizes(model, cfg)
@@ -2301,7 +2301,7 @@ def memory_needed(model, cfg, device, picture, largest=0, training=True):
         return kept + 6 * 4 * text.vocab_size * (256 if cfg.policy.checkpointing else rows * turns * turn)
 
     parts = dict.fromkeys(("weights", "optimizer", "reference", "gradients", "activations", "cache"), 0)
-    parts["weights"] = parameters * size + 10**9 * (device.type == "cuda")
+    parts["weights"] = parameters * size + 10**9 * (1 if device.type == "cuda" else 2)
     sampling = [(cfg.eval.batch, cfg.eval.max_turns, more)]
     if training:
         kind = optimizer_kind(model, cfg, device)
