@@ -1050,8 +1050,8 @@ def point_turns(task, record):
 def draw_point(image, point, crop=0):
     """Feedback: a new RGB image with a mark at `point`, in pixels; or a crop of it, `crop` pixels a side, moved inside the image.
 
-    Cross hairs with a dot, in a colour that no look uses. The hairs
-    run through the whole image, so that a look anywhere along them tells one coordinate.
+    Cross hairs and a ringed dot, in a colour that none of our looks uses. The hairs run through the whole image, so that a
+    look anywhere along them tells one coordinate.
     """
     image = image.convert("RGB") if image.mode != "RGB" else image.copy()
     radius = max(4, round(max(image.size) / 60))
