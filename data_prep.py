@@ -1124,15 +1124,15 @@ def own_points(file, seed, sft_traces, show):
 # ordinary Hugging Face folder, and vrrl.py loads it as it would load Qwen/Qwen3-VL-4B-Instruct.
 
 VOCABULARY = """user assistant system up down left right ice hole elf gift path crash start found
-                edge short past longer find the check it say cells point columns rows bars cell tallest shortest marked""".split()
-VOCABULARY += map(str, range(POINTS + 1))
+                edge short past longer find the check it say cells""".split()
+POINTING = ["point", "columns", "rows", "bars", "cell", "tallest", "shortest", "marked", *map(str, range(POINTS + 1))]
 CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
         "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-def build_embedded(seed):
-    """(model, tokenizer, image processor) of the embedded model, with random weights.
+def build_embedded(seed, more=()):
+    """(model, tokenizer, image processor) of the embedded model, with random weights. more: words beside VOCABULARY.
 
     One grid cell of 16x16 pixels is 2x2 patches and, merged, one visual token. `initializer_range` decides whether
     it learns to see: with the usual 0.02 a model this small does not. Queries share keys and values in pairs, which
@@ -1142,7 +1142,7 @@ def build_embedded(seed):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from vrrl import TAGS
     special = [f"<|{name}|>" for name in "endoftext im_start im_end vision_start vision_end image_pad video_pad".split()]
-    vocab = {word: i for i, word in enumerate([*special, "<|unknown|>", *TAGS, *VOCABULARY])}
+    vocab = {word: i for i, word in enumerate([*special, "<|unknown|>", *TAGS, *VOCABULARY, *more])}
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<|unknown|>"))
     words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer = transformers.PreTrainedTokenizerFast(
@@ -1153,7 +1153,7 @@ def build_embedded(seed):
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)
     config = transformers.Qwen3VLConfig(
         text_config=dict(
-            vocab_size=72, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+            vocab_size=72 if more else 64, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, initializer_range=0.06,
             tie_word_embeddings=True, rope_parameters=rope),
         vision_config=dict(
@@ -1253,7 +1253,7 @@ def make_embedded(folder, cfg):
     said before. The lessons are those of cfg.task. It starts from random weights, or from a model with fewer words.
     """
     import vrrl
-    model, tokenizer, processor = build_embedded(cfg.seed)
+    model, tokenizer, processor = build_embedded(cfg.seed, POINTING if cfg.see.start else ())
     if cfg.see.start:
         weights = model.state_dict()   # shares memory with the model
         for name, old in vrrl.load_policy(cfg.see.start, cfg).model.state_dict().items():

@@ -90,7 +90,7 @@ class Listener(vrrl.Log):
 def fresh_policy(cfg):
     """The embedded model with random weights, through the code that loads every model."""
     if not (Path(cfg.data) / "random-model").is_dir():
-        model, tokenizer, processor = data_prep.build_embedded(0)
+        model, tokenizer, processor = data_prep.build_embedded(0, data_prep.POINTING)
         vrrl.save_policy(vrrl.Policy(model, tokenizer, processor, cfg), Path(cfg.data) / "random-model")
     return vrrl.load_policy(Path(cfg.data) / "random-model", cfg)
 
@@ -855,7 +855,7 @@ def test_images_and_unknown_ids_have_no_probability(policy):
     banned = [policy.image_id, policy.tokenizer.pad_token_id, *range(len(policy.tokenizer), logp.shape[1]),
               *policy.tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|vision_start|>", "<|vision_end|>", "<|video_pad|>"])]
     assert torch.isneginf(logp[:, banned]).all() and torch.allclose(logp.exp().sum(-1), torch.ones(5))
-    allowed = [policy.end_id, *(i for word in [*vrrl.TAGS, *data_prep.VOCABULARY] for i in policy.encode(word))]
+    allowed = [policy.end_id, *(i for word in [*vrrl.TAGS, *data_prep.VOCABULARY, *data_prep.POINTING] for i in policy.encode(word))]
     assert torch.isfinite(logp[:, allowed]).all()
 
 

@@ -17,8 +17,8 @@ corrections are rewritten from the text so far and do not look at the picture. T
         gradient step on  - sum_i A_i * sum over the unmasked tokens of log pi(token)
         D.append(one prefix of each fresh rollout, cut after an attempt that was drawn)
 
-Groups whose rewards are equal teach nothing; they are dropped and, as in the release, those that are nearly all 0 or 1. "The release" below is the authors'
-published code, which uses GRPO: it divides by the group's standard deviation (here a setting), and has an importance ratio
+Groups whose rewards are equal teach nothing; they are dropped and, as in the release, those that are nearly all 0 or 1.
+"The release" below is the authors' published code, which uses GRPO: it divides by the group's standard deviation (here a setting), and has an importance ratio
 and its clipping (each batch is used for one update, so the ratio is one). README.md lists all that differs.
 
 Read it from top to bottom, in the order in which an episode lives:
@@ -1070,9 +1070,10 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
     rows: a dict a split, with rates in [0, 1] (None where nothing was counted). first, final: the first or the last attempt is
     exact; committed: final, and committed; repair_own: final, of those whose first is wrong; break: final is wrong, of those whose
     first is right; commit: ends in a valid FINAL, right or wrong; after_turn: final, had it stopped after 1, 2, ... turns. What ends in
-    `_by_map` has a character a map (1, 0, - not counted), for paired tests. fixed: {split: {example id: token ids of the SFT model's wrong first turn}}, given for every
-    model that is compared with the SFT model, which makes it: repair measured on it cannot be gained by failing first. Without
-    it the model's own wrong first turns serve. With cfg.eval.probes, repair of it is also measured under each of `probes`.
+    `_by_map` has a character a map (1, 0, - not counted), for paired tests.
+    fixed: {split: {example id: token ids of the SFT model's wrong first turn}}, given for every model that is compared with the
+    SFT model, which makes it: repair measured on it cannot be gained by failing first. Without it the model's own wrong first
+    turns serve. With cfg.eval.probes, repair of it is also measured under each of `probes`.
     episodes: the greedy ones, by split. brief: greedy play only.
     """
     rows, wrong, kept = [], {}, {}
