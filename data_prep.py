@@ -2011,7 +2011,8 @@ def seed_difference(new, old, key, against=None, samples=2000):
                 found[n, i] = np.nanmean(gap[chosen][:, rng.integers(gap.shape[1], size=gap.shape[1])])
         means = np.nanmean(found, 1)
         middle = np.nanmean([np.nanmean(gap) for gap in gaps.values()])
-    return float(middle), *map(float, np.nanpercentile(means, [2.5, 97.5]))
+        low, high = np.nanpercentile(means, [2.5, 97.5])
+    return (float(middle), float(low), float(high)) if math.isfinite(middle) else None
 
 
 def study_text(cfg):

@@ -1441,7 +1441,7 @@ def test_evaluation_counts_what_happened(policy, task, home, monkeypatch):
 
 
 def test_the_paired_difference_is_that_of_the_out_of_distribution_maps():
-    rows = lambda *bits: [{"ood": n > 0, "final_by_map": b} for n, b in enumerate(bits)]
+    rows = lambda *bits: [{"ood": n > 0, "split": n, "final_by_map": b} for n, b in enumerate(bits)]
     old, new = rows("1111", "0000" * 20, "0101" * 20), rows("0000", "1100" * 20, "0101" * 20)
     middle, low, high = data_prep.paired_difference(new, old, "final")
     assert middle == pytest.approx(0.25) and low < 0.25 < high and data_prep.paired_difference(old, old, "final") == (0, 0, 0)
@@ -1540,23 +1540,23 @@ def studied(home, taught):
 
 def test_a_study_holds_every_method_and_split_and_how_it_was_made(studied, task):
     words, results = studied
-    found = json.loads((results / "study_navigation.json").read_text())
+    found = json.loads((results / "study_navigation-smoke.json").read_text())
     methods = list(data_prep.settings_table()[1]["methods"])
     assert [(r["method"], r["split"]) for r in found["rows"]] == [(m, s) for m in methods for s in task.SPLITS]
     needed = {"task", "method", "seed", "split", "ood", "n", "first", "final", "repair_own", "repair_fixed", "break", "commit", "turns", "dev_final", "after_turn"}
     assert all(needed <= set(row) for row in found["rows"]) and found["about"]["settings"]["rl.steps"] is not None
     assert [c["method"] for c in found["about"]["cells"]] == methods and found["about"]["methods"]["rl"]["reward.reflection"] is False
-    text = (results / "study_navigation.md").read_text()
-    assert all(f"| {m} |" in text for m in methods) and (results / "study_navigation.png").stat().st_size > 1000
+    text = (results / "study_navigation-smoke.md").read_text()
+    assert all(f"| {m} |" in text for m in methods) and (results / "study_navigation-smoke.png").stat().st_size > 1000
 
 
 def test_a_study_skips_what_is_done_and_says_so_where_settings_differ(studied, monkeypatch):
     words, results = studied
-    before = (results / "study_navigation.json").read_text()
+    before = (results / "study_navigation-smoke.json").read_text()
     for function in ("rl", "sft", "evaluate"):
         monkeypatch.setattr(vrrl, function, None)  # calling it would fail
     vrrl.main(words)
-    assert (results / "study_navigation.json").read_text() == before
+    assert (results / "study_navigation-smoke.json").read_text() == before
     with pytest.raises(vrrl.UserError, match="other settings"):
         vrrl.main([*words, "rl.lr=1e-5"])
 
@@ -1564,8 +1564,8 @@ def test_a_study_skips_what_is_done_and_says_so_where_settings_differ(studied, m
 def test_tables_of_a_study_come_from_its_file_alone(studied, capsys):
     words, results = studied
     capsys.readouterr()
-    data_prep.main(["study", f"results={results}"])
-    assert capsys.readouterr().out.strip() == (results / "study_navigation.md").read_text().strip()
+    data_prep.main(["study", "profile=smoke", f"results={results}"])
+    assert capsys.readouterr().out.strip() == (results / "study_navigation-smoke.md").read_text().strip()
     with pytest.raises(vrrl.UserError, match="mode=study task=navigation makes it"):
         data_prep.main(["study", "results=nowhere"])
 # ---------------------------------------------------------------- real models

@@ -574,7 +574,7 @@ def load_policy(name, cfg):
         if cfg.policy.checkpointing:
             data_prep.checkpoint_layers(model)
         return Policy(model.to(device).eval(), data_prep.load_tokenizer(source), data_prep.image_processor(source), cfg)
-    except (UserError, torch.OutOfMemoryError):
+    except torch.OutOfMemoryError:
         raise
     except Exception as error:  # half a download, another architecture: the libraries raise many kinds
         raise UserError(f"model={name} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
