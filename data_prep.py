@@ -2337,6 +2337,8 @@ def check_memory(source, cfg, device, dtype, task):
         config, processor = transformers.AutoConfig.from_pretrained(source), image_processor(source)
         with torch.device("meta"):
             model = transformers.AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    except UserError:
+        raise
     except Exception as error:  # half a download, another architecture: the libraries raise many kinds
         raise UserError(f"model={cfg.model} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
     training = cfg.mode == "train"
@@ -2357,7 +2359,10 @@ def check_memory(source, cfg, device, dtype, task):
 def image_processor(source):
     """The image processor of a folder or hub name, in the class that needs no torchvision: Qwen2.5-VL and Qwen3-VL share it."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-    return Qwen2VLImageProcessorPil.from_pretrained(source)
+    try:
+        return Qwen2VLImageProcessorPil.from_pretrained(source)
+    except Exception as error:  # missing or broken: the library raises many kinds
+        raise UserError(f"model={source} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
 
 
 def load_tokenizer(source):
@@ -2384,12 +2389,13 @@ def make_official(data, cfg, maps="", evals=""):
     `train` and `sft` (our demonstrations, on their maps), `test_id` up to 5x5 and `test_size` beyond, sizes in turn. A PNG that
     lies where the file names it is used as it is; another picture is drawn here and its record marked `drawn`.
     """
-    splits, used = {"train": [], "test_id": [], "test_size": []}, hashlib.sha256(json.dumps([cfg.nav.cell, cfg.nav.sft_traces]).encode())
-    for file in (Path(name) for name in (maps, *evals.split(",")) if name):
-        for record in _read_official(file, training=str(file) == maps):
+    splits, used = {"train": [], "test_id": [], "test_size": []}, hashlib.sha256(json.dumps([cfg.nav.cell, cfg.nav.sft_traces, cfg.nav.seed]).encode())
+    seen = set()
+    for name, training in ((maps, True), *((name, False) for name in evals.split(","))):
+        for record in _read_official(Path(name), training, seen) if name else ():
             used.update(json.dumps([record["id"], record["layout"], bool(record["picture"])]).encode())
             size = max(len(record["layout"]), len(record["layout"][0]))
-            splits["train" if str(file) == maps else "test_id" if size <= 5 else "test_size"].append(record)
+            splits["train" if training else "test_id" if size <= 5 else "test_size"].append(record)
     if not any(splits.values()):
         raise UserError("official: give maps=FILE (training maps), eval=FILE (test maps) or both")
     folder = Path(data) / f"official-{used.hexdigest()[:8]}"
@@ -2408,13 +2414,13 @@ def make_official(data, cfg, maps="", evals=""):
     return folder
 
 
-def _read_official(file, training):
-    """[{"id", "layout", "picture": path or None}] of one of the authors' files. UserError with the number of the entry."""
+def _read_official(file, training, seen):
+    """[{"id", "layout", "picture": path or None}] of one of the authors' files; seen: ids so far. UserError with the number of the entry."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON ({error})") from None
-    found, seen = [], set()
+    found = []
     for number, entry in enumerate(entries if isinstance(entries, list) else [None], 1):
         try:
             about = entry if training else entry["metadata"]
@@ -2423,7 +2429,7 @@ def _read_official(file, training):
             image = entry.get("input_image", "") if training else entry["input_map"]  # the 5x5 training maps come without
             picture = (file.parent / image).resolve()
             start, goal = (divmod(int(about[key]), len(layout[0])) for key in ("start_pos", "target_pos"))
-        except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
             raise UserError(f"{file}: entry {number} is not one of the authors' maps ({error!r})") from None
         try:
             check_layout(layout)
@@ -2476,9 +2482,12 @@ def _fill_official(folder, splits, cfg):
 def read_splits(folder):
     """The names of the test splits of a data folder that data_prep.py official has made."""
     try:
-        return tuple(json.loads((folder / "data.json").read_text())["splits"])
+        splits = tuple(json.loads((folder / "data.json").read_text())["splits"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"nav.folder={folder}: no folder that `python data_prep.py official` has made") from None
+    if not splits:
+        raise UserError(f"nav.folder={folder}: has no test maps; make it again with --eval FILE as well")
+    return splits
 
 
 PROTOCOL = {"system": "protocol.system", "question": "protocol.question", "first_user": "protocol.question",
@@ -2493,13 +2502,17 @@ def read_protocol(path):
     """
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"protocol={path}: cannot be read as JSON ({error})") from None
     found = {PROTOCOL[key]: value for key, value in given.items() if key in PROTOCOL} if isinstance(given, dict) else {}
     for key in ("protocol.question", "protocol.feedback"):
         if not isinstance(found.get(key), str):
             names = " or ".join(name for name, setting in PROTOCOL.items() if setting == key)
             raise UserError(f"protocol={path}: needs a text {names}")
+    if not isinstance(found.get("protocol.system", ""), str):
+        raise UserError(f"protocol={path}: system is not a text")
+    if type(found.get("eval.max_turns", 1)) is not int:
+        raise UserError(f"protocol={path}: max_turns_eval is not a whole number")
     order = " ".join(re.findall("text|image", str(given.get("order", "")))).removeprefix("text text").strip()  # the system's text may be named first
     if order not in ("", "image image text", "text image image text"):
         raise UserError(f"protocol={path}: its order of texts and images is not ours: question text, image; feedback image, text")

@@ -1870,6 +1870,42 @@ def test_a_real_model_goes_through_the_whole_command(real, home, tmp_path, monke
     assert figures(again) == figures([row for row in before if row["method"] == "vrrl"])
 
 
+def test_a_model_whose_files_lack_tensors_is_refused(cfg, policy, tmp_path):
+    import safetensors.torch
+    vrrl.save_policy(policy, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    kept = {k: v for k, v in safetensors.torch.load_file(file).items() if "layers.1." not in k}
+    safetensors.torch.save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(vrrl.UserError, match="cannot be loaded: its files lack 11 of the model's tensors"):
+        vrrl.load_policy(tmp_path / "model", cfg)
+
+
+@pytest.mark.parametrize("content, reason", [
+    ({"system": None, "question": "a", "feedback": "b"}, "system is not a text"),
+    ({"question": "a", "feedback": "b", "max_turns_eval": True}, "max_turns_eval is not a whole number"),
+    ({"question": "a", "feedback": "b", "max_turns_eval": 10.7}, "max_turns_eval is not a whole number"),
+])
+def test_a_protocol_of_wrong_types_is_one_clear_line(tmp_path, content, reason):
+    (tmp_path / "protocol.json").write_text(json.dumps(content))
+    with pytest.raises(vrrl.UserError, match=reason):
+        data_prep.read_protocol(tmp_path / "protocol.json")
+
+
+def test_the_authors_files_may_be_named_in_any_way_but_not_twice(tmp_path, monkeypatch):
+    entry = {"map_id": "m0", "layout": ["SF", "FG"], "start_pos": 0, "target_pos": 3}
+    tests = [{"id": "t0", "input_map": "none.png", "metadata": {"level": 2, "layout": ["SF", "FG"], "start_pos": 0, "target_pos": 3}}]
+    (tmp_path / "maps.json").write_text(json.dumps([entry]))
+    (tmp_path / "eval.json").write_text(json.dumps(tests))
+    monkeypatch.chdir(tmp_path)
+    cfg, _ = vrrl.read_config(["nav.sft_traces=16"])
+    folder = data_prep.make_official("data", cfg, "./maps.json", "./eval.json")
+    assert data_prep.read_splits(folder) == ("id",) and folder != data_prep.make_official("data", vrrl.read_config(["nav.sft_traces=16", "nav.seed=5"])[0], "maps.json", "eval.json")
+    with pytest.raises(vrrl.UserError, match="used twice"):
+        data_prep.make_official("data", cfg, "", "eval.json,eval.json")
+    with pytest.raises(vrrl.UserError, match="has no test maps"):
+        data_prep.read_splits(data_prep.make_official("data", cfg, "maps.json"))
+
+
 def quadratic(make, lr, steps, dtype):
     """Weights after steps of an optimizer on a noisy quadratic; `make(module)` gives its step."""
     generator = torch.Generator().manual_seed(0)

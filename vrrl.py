@@ -568,9 +568,11 @@ def load_policy(name, cfg):
     """A Policy from a Hugging Face folder or hub name. UserError if there is none."""
     device, source = device_of(cfg), source_of(name)
     try:
-        model = transformers.AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype_of(cfg, device),
+        model, about = transformers.AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype_of(cfg, device), output_loading_info=True,
             attn_implementation={"text_config": "grouped" if device.type == "cpu" else "sdpa", "vision_config": "sdpa"})
+        if lost := sorted(about["missing_keys"]):  # the library would make them up
+            raise UserError(f"its files lack {len(lost)} of the model's tensors, such as {lost[0]}")
         if cfg.policy.checkpointing:
             data_prep.checkpoint_layers(model)
         return Policy(model.to(device).eval(), data_prep.load_tokenizer(source), data_prep.image_processor(source), cfg)
@@ -1136,9 +1138,8 @@ def sft_model(cfg, flat, task):
     """(policy, folder) of the SFT model, trained now or by an earlier run: methods with equal SFT settings share it."""
     decides = {k: v for k, v in flat.items() if k.split(".")[0] not in APART_FROM_SFT}
     decides |= {"data": task.key, "threads": torch.get_num_threads()}
-    weights = Path(source_of(cfg.model)) / "model.safetensors"  # an embedded model made anew is another model
-    if weights.is_file():
-        decides["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    weights = sorted(Path(source_of(cfg.model)).glob("model*.safetensors"))  # an embedded model made anew is another model
+    decides["weights"] = [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in weights]
     folder = Path(cfg.runs) / f"sft-{data_prep.key_of(decides)}"
     with data_prep.lock(folder, wait=True):  # another method may be training the same SFT model: then it is ours as well
         if not (folder / "model" / "config.json").is_file():
