@@ -1,4 +1,4 @@
-"""Properties that vrrl.py and data_prep.py must keep. Run `pytest -q`: six minutes on two cores, no network, no trained weights.
+"""Properties that vrrl.py and data_prep.py must keep. Run `pytest -q`: four to seven minutes on two cores, no network, no trained weights.
 
 The policy under test is the embedded model with random weights, or the same after a few SFT steps (`taught`), so that
 it keeps to the protocol and its conversations have several turns. The command line is run once (`smoke`).
