@@ -18,8 +18,9 @@ corrections are rewritten from the text so far and do not look at the picture. T
         D.append(one prefix of each fresh rollout, cut after an attempt that was drawn)
 
 Groups whose rewards are equal teach nothing; they are dropped and, as in the release, those that are nearly all 0 or 1.
-"The release" below is the authors' published code, which uses GRPO: it divides by the group's standard deviation (here a setting), and has an importance ratio
-and its clipping (each batch is used for one update, so the ratio is one). README.md lists all that differs.
+"The release" below is the authors' published code, which uses GRPO: it divides by the group's standard deviation (here a
+setting), and has an importance ratio and its clipping (each batch is used for one update, so the ratio is one). README.md
+lists all that differs.
 
 Read it from top to bottom, in the order in which an episode lives:
      1 settings      config.yaml as dataclasses; a method is a row of settings
