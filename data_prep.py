@@ -64,6 +64,10 @@ class UserError(Exception):
     """Something that the user can mend; the message is one line that says where, what, and how."""
 
 
+class Busy(UserError):
+    """A folder is in use by another process."""
+
+
 # ---------------------------------------------------------------- 1. looks and grid pictures
 
 @dataclass(frozen=True)
@@ -708,6 +712,7 @@ class Figure:
 
     paint(fill=None) draws it, with the target filled in another colour if one is given. near: boxes of what may be mistaken
     for the target. columns, rows: pixels of the centres along each side; ends: pixels of the bars' upper, or right, ends.
+    strips: (whether it is marked, its box) of each column and each row of a table, or each bar.
     """
     paint: object
     question: str
@@ -716,6 +721,7 @@ class Figure:
     columns: tuple = ()
     rows: tuple = ()
     ends: tuple = ()
+    strips: tuple = ()
 
 
 def _font_of(style, size):
@@ -802,8 +808,10 @@ def table_figure(rng, size, look, kind):
     inside.sort(key=lambda cell: ((cell[0] != row) + (cell[1] != column), math.dist(cell, (row, column))))
     near = [place(*cell) for cell in inside[:4]] + [place(0, column), place(row, head)]
     middle = lambda edges, index: (edges[index] + edges[index + 1]) / 2
+    strips = tuple((c == column, (xs[c], 0, xs[c + 1], ys[-1])) for c in body)
+    strips += tuple((r == row, (0, ys[r], xs[-1], ys[r + 1])) for r in range(1, rows + 1))
     return Figure(paint, question, place(row, column), tuple(near), tuple(middle(xs, c) for c in body),
-                  tuple(middle(ys, r) for r in range(1, rows + 1)))
+                  tuple(middle(ys, r) for r in range(1, rows + 1)), strips=strips)
 
 
 def _heights(rng, count, most, gap):
@@ -931,7 +939,8 @@ def chart_figure(rng, size, look, kind):
     middles = lambda a, b: tuple((box[a] + box[b]) / 2 for box in boxes)
     tops = [(box[1] + box[3]) / 2 for box in boxes] if dots else [box[2] if lying else box[1] for box in boxes]
     return Figure(paint, question, place(s, i), tuple(place(*one) for one in rivals if one != target)[:5],
-                  () if lying else middles(0, 2), middles(1, 3) if lying else (), tuple(tops))
+                  () if lying else middles(0, 2), middles(1, 3) if lying else (), tuple(tops),
+                  tuple((i == marked, box) for (_, i), box in zip(flat, boxes)))
 
 
 FIGURES = {"table": table_figure, "chart": chart_figure}
@@ -1125,7 +1134,8 @@ def own_points(file, seed, sft_traces, show):
 
 VOCABULARY = """user assistant system up down left right ice hole elf gift path crash start found
                 edge short past longer find the check it say cells""".split()
-POINTING = ["point", "columns", "rows", "bars", "cell", "tallest", "shortest", "marked", *map(str, range(POINTS + 1))]
+POINTING = ["point", "columns", "rows", "bars", "cell", "tallest", "shortest", "marked", "plain", "here",
+            *map(str, range(POINTS + 1))]
 CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
         "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -1221,28 +1231,35 @@ def see_talk(rng, pictures, sizes=(3, 4, 5, 6, 7), looks=(*LOOKS, *MIXES), cell=
 def point_talk(rng, pictures):
     """A conversation about one table or chart that teaches to see, and nothing about solving: [(image, question, answer), ...].
 
-    What is asked for: where a drawn point is, where the columns or rows are, how high the bars reach, in 20ths of the side.
-    Sizes and looks are those of all splits. From the second picture on a point is drawn, as it is in feedback.
+    What is asked for: where a drawn point is, where the columns or rows are, how high the bars reach, in 20ths of the side; and
+    of each column, row or bar whether it is marked, and whether the point lies on it ("here", if marked "found"). Sizes and looks are those of all splits. From the
+    second picture on a point is drawn, as it is in feedback.
     """
     task = rng.choice(list(FIGURES))
     look, (small, large), talk = rng.choice((*STYLES, *MIXES)), SIZES[task, "embedded"], []
     size = rng.choice(range(small[0], large[-1] + 1))
     figure = FIGURES[task](rng, (size, rng.choice((*small, *large))) if task == "table" else size, look, "embedded")
     plain = figure.paint()
+    unit = lambda p, side: math.ceil(p / side * POINTS - 0.5)
+    along = lambda places, side: " ".join(str(unit(p, side)) for p in places)
     width, height = plain.size
-    number = lambda p, side: str(math.ceil(p / side * POINTS - 0.5))
-    along = lambda places, side: " ".join(number(p, side) for p in places)
-    answers = {"say the columns": along(figure.columns, width), "say the rows": along(figure.rows, height),
-               "say the bars": along(figure.ends, height if figure.columns else width)}
-    answers = {question: answer for question, answer in answers.items() if answer}
+    asked = ["say the cells"] * 2 + ["say the point"] * 3
+    asked += ["say the columns"] * bool(figure.columns) + ["say the rows"] * bool(figure.rows) + ["say the bars"] * bool(figure.ends)
     for n in range(pictures):
-        question = rng.choice([*answers, *["say the point"] * 3])
-        image, answer = plain, answers.get(question)
-        if answer is None or n or rng.random() < 0.5:
+        image, question, point = plain, rng.choice(asked), (-1, -1)
+        if question == "say the point" or n or rng.random() < 0.5:
             units = rng.randint(0, POINTS), rng.randint(0, POINTS)
-            image = draw_point(plain, (units[0] / POINTS * width, units[1] / POINTS * height))
-            answer = answer or f"{units[0]} {units[1]}"
-        talk.append((image, question, answer))
+            if rng.random() < 0.5:   # on a cell or bar
+                x0, y0, x1, y1 = rng.choice((figure.box, *figure.near))
+                units = unit((x0 + x1) / 2, width), unit((y0 + y1) / 2, height)
+            point = units[0] / POINTS * width, units[1] / POINTS * height
+            image = draw_point(plain, point)
+        word = lambda marked, here: ("found" if marked else "here") if here else ("marked" if marked else "plain")
+        answers = {"say the cells": lambda: " ".join(word(marked, inside(box, point)) for marked, box in figure.strips),
+                   "say the point": lambda: f"{units[0]} {units[1]}",
+                   "say the columns": lambda: along(figure.columns, width), "say the rows": lambda: along(figure.rows, height),
+                   "say the bars": lambda: along(figure.ends, height if figure.columns else width)}
+        talk.append((image, question, answers[question]()))
     return talk
 
 
@@ -1780,13 +1797,13 @@ def checksum(content):
 
 
 def lock(folder, wait=False):
-    """Keep other processes out of a folder until this one ends. UserError if one is in there, unless we wait for it."""
+    """Keep other processes out of a folder until this one ends. Busy if one is in there, unless we wait for it."""
     folder.mkdir(parents=True, exist_ok=True)
     file = open(folder / "lock", "w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        raise UserError(f"{folder} is in use by another process: wait for it, or give run=ANOTHER_NAME") from None
+        raise Busy(f"{folder} is in use by another process: wait for it, or give run=ANOTHER_NAME") from None
     return file
 
 

@@ -616,11 +616,16 @@ def test_the_embedded_tokenizer_knows_every_word_of_pointing(policy, pointing):
 
 
 def test_pointing_lessons_say_what_is_in_the_picture_and_are_of_all_sizes():
-    shapes = set()
+    shapes, heres = set(), 0
     for n in range(300):
         for image, question, answer in data_prep.point_talk(random.Random(n), 2):
-            numbers = [int(word) for word in answer.split()]
             shapes.add((image.width, image.height))
+            if question == "say the cells":
+                words = Counter(answer.split())
+                assert set(words) <= {"plain", "marked", "here", "found"} and words["marked"] + words["found"] in (1, 2)
+                heres += words["here"] + words["found"]
+                continue
+            numbers = [int(word) for word in answer.split()]
             assert image.width % 16 == image.height % 16 == 0 and all(0 <= v <= 20 for v in numbers)
             if question == "say the point":
                 again = Image.new("RGB", image.size)
@@ -628,7 +633,7 @@ def test_pointing_lessons_say_what_is_in_the_picture_and_are_of_all_sizes():
                 assert image.getpixel((x, y)) == data_prep.HAIR and again.size == image.size
             elif question != "say the bars":
                 assert numbers == sorted(numbers) and 3 <= len(numbers) <= 8
-    assert {h for _, h in shapes} >= {64, 80, 96, 112, 128}
+    assert {h for _, h in shapes} >= {64, 80, 96, 112, 128} and heres > 50
 
 
 @pytest.fixture
@@ -1350,8 +1355,7 @@ def test_rl_gives_every_rollout_its_own_advantage_mask_and_reference(home, taugh
     assert len(batches) == len(losses) >= 6 and any(e.replayed for b in batches for e in b)
     groups = {id(e): step[n // 3 * 3:n // 3 * 3 + 3] for step in played for n, e in enumerate(step)}
     assert all(len({id(x.question_ids) for x in group}) == 1 for group in groups.values())
-    assert {max(len(e.turns) for step in played for e in step if bool(e.replayed) == rolled) for rolled in (True, False)} <= {cfg.rl.rollin_turns, cfg.rl.max_turns}
-    assert all(len(e.turns) <= cfg.rl.rollin_turns for step in played for e in step if e.replayed)
+    assert all(max(len(e.turns) for step in played for e in step if bool(e.replayed) == rolled) <= cfg.rl.max_turns for rolled in (True, False))
     assert len({id(e) for b in batches for e in b}) == sum(map(len, batches))  # each kept rollout once
     for batch, (logps, refs, advantage, weights, weight, rollouts) in zip(batches, losses):
         r = lambda e: score(task, e, None)
@@ -1559,6 +1563,14 @@ def test_a_study_skips_what_is_done_and_says_so_where_settings_differ(studied, m
     assert (results / "study_navigation-smoke.json").read_text() == before
     with pytest.raises(vrrl.UserError, match="other settings"):
         vrrl.main([*words, "rl.lr=1e-5"])
+
+
+def test_a_study_leaves_a_cell_to_the_process_that_is_at_it_and_comes_back(studied, monkeypatch):
+    words, results = studied
+    held, slept = data_prep.lock(next((results.parent / "study").glob("*/rtm-seed0"))), []
+    monkeypatch.setattr(vrrl.time, "sleep", lambda seconds: (slept.append(seconds), held.close()))
+    vrrl.main(words)
+    assert len(slept) == 1
 
 
 def test_tables_of_a_study_come_from_its_file_alone(studied, capsys):
@@ -2552,7 +2564,7 @@ def speed(words, steps=7):
     _, folder = vrrl.sft_model(cfg, flat, task)
 
     def row(name, *more, plain=False):
-        every = [*words, f"rl.steps={steps}", "rl.questions=16", "rl.max_turns=4", "rl.rollin_turns=4", *more]
+        every = [*words, f"rl.steps={steps}", "rl.questions=16", "rl.max_turns=4", *more]
         cfg = vrrl.read_config([*every, "policy.dtype=float32", "rl.micro=128"] if plain else every)[0]
         policy, reference, clock, play = *(vrrl.load_policy(folder / "model", cfg) for _ in range(2)), Clock(), vrrl.play
         if plain:
@@ -2655,7 +2667,7 @@ def test_the_command_for_the_gpu_table_works_at_a_tiny_size(home, monkeypatch, c
         text = {**tiny["text_config"], **small, **({} if "2.5" in profile else {"head_dim": 16})}
         monkeypatch.setitem(ARCHITECTURES, profile, {"text_config": {"vocab_size": 400, **text}, "vision_config": {**tiny["vision_config"], **kept}})
         gpu([f"profile={profile}", "device=cpu", "threads=1", f"data={home / 'gpu'}", "policy.dtype=float32", "policy.max_new=6", "nav.train_maps=40", "nav.sft_traces=16", "sft.batch=4",
-             "rl.steps=2", "rl.questions=2", "rl.samples=2", "rl.max_turns=3", "rl.rollin_turns=3", "rl.at_once=2", "nav.cell=56"])
+             "rl.steps=2", "rl.questions=2", "rl.samples=2", "rl.max_turns=3", "rl.at_once=2", "nav.cell=56"])
         row = capsys.readouterr().out.splitlines()[-1]
         assert row.startswith(f"| {profile} | CPU | ") and row.count("|") == 11 and "nan" not in row
 

@@ -17,7 +17,7 @@ corrections are rewritten from the text so far and do not look at the picture. T
         gradient step on  - sum_i A_i * sum over the unmasked tokens of log pi(token)
         D.append(one prefix of each fresh rollout, cut after an attempt that was drawn)
 
-Groups whose rewards are equal teach nothing; they are dropped and, as in the release, those that are nearly all 0 or 1.
+Groups with equal rewards teach nothing and are dropped; so are, as in the release, groups whose mean reward is below 0.01 or above 0.99.
 "The release" below is the authors' published code, which uses GRPO: it divides by the group's standard deviation (here a
 setting), and has an importance ratio and its clipping (each batch is used for one update, so the ratio is one). README.md
 lists all that differs.
@@ -35,7 +35,8 @@ Read it from top to bottom, in the order in which an episode lives:
     10 evaluation    first and final accuracy, repair, in and out of distribution
     11 main          the modes of the command line
 
-Run `python vrrl.py` for the default run, `python vrrl.py --help` for every setting.
+Run `python vrrl.py` for the default run, `python vrrl.py --help` for every setting. The default model, `assets/embedded`
+("the embedded model"), is a tiny Qwen3-VL for a CPU that has learnt to see and not to solve; `model=` takes a real one.
 """
 import dataclasses
 import functools
@@ -98,8 +99,8 @@ def read_config(words=(), file=HERE / "config.yaml"):
 
 
 # ==================== 2. Task =========================================================================
-# A task is a class with these few methods. Nothing below asks which task is running: a new one is a new
-# class, a line in TASKS, and its name and section in config.yaml.
+# A task is a class with SPLITS, key, load, question, image, parse, exact, progress, same and feedback. Sections 3
+# to 10 never ask which task is running: a new one is a new class, a line in TASKS, and its name and section in config.yaml.
 
 
 class Navigation:
@@ -570,7 +571,7 @@ def load_policy(name, cfg):
     device, source = device_of(cfg), source_of(name)
     try:
         model, about = transformers.AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype_of(cfg, device), output_loading_info=True,
+            source, dtype=dtype_of(cfg, device), output_loading_info=True,  # "grouped": data_prep.grouped_attention, faster on a CPU
             attn_implementation={"text_config": "grouped" if device.type == "cpu" else "sdpa", "vision_config": "sdpa"})
         if lost := sorted(about["missing_keys"]):  # the library would make them up
             raise UserError(f"its files lack {len(lost)} of the model's tensors, such as {lost[0]}")
@@ -621,7 +622,7 @@ class Episode:
         return [*self.replayed, *self.turns]
 
     @property
-    def attempts(self):  # the ANSWERs: a FINAL only repeats the last
+    def attempts(self):  # the ANSWERs; a FINAL, even one that differs, is no attempt
         return [t.attempt for t in self.all_turns if t.kind == "answer"]
 
     @property
@@ -802,7 +803,7 @@ class RollInBuffer:
         self.entries.append(RollIn(episode.example, turns, right, step))
 
     def draw(self, step, rng):
-        """A RollIn, or None while too few fresh prefixes are stored."""
+        """A RollIn, or None while fewer than `start` of the stored prefixes are within `max_age`."""
         young = [e for e in self.entries if step - e.step <= self.cfg.max_age]
         if len(young) < self.cfg.start:
             return None
@@ -853,7 +854,10 @@ def advantages(rewards, std_norm=False):
 
 
 def kl_terms(logp, ref):
-    """r - log r - 1 with r = pi_SFT / pi, token by token: never below 0, and on average over samples KL(pi || pi_SFT)."""
+    """r - log r - 1 with r = pi_SFT / pi, token by token: never below 0, and on average over samples KL(pi || pi_SFT).
+
+    As a loss, as in GRPO, its gradient on sampled tokens is that of KL(pi_SFT || pi).
+    """
     return (ref - logp).exp() - (ref - logp) - 1
 
 
@@ -864,7 +868,7 @@ def policy_loss(logps, reference, advantage, weights, kl, rollouts):
 
     logps, reference, weights: one (tokens,) tensor an episode; advantage: (episodes,). N is the number of rollouts
     sampled, kept or not: it must not depend on the mask, or `expected` would no longer be the average of `random`.
-    The KL term holds on all sampled tokens of the kept groups, masked or not: masked first turns would be free to drift.
+    The KL term holds on all sampled tokens of the kept groups: otherwise masked turns could drift freely.
     """
     loss = 0.0
     for logp, ref, a, m in zip(logps, reference, advantage, weights):
@@ -878,7 +882,7 @@ def policy_loss(logps, reference, advantage, weights, kl, rollouts):
 
 
 def demonstration(policy, task, example):
-    """An SFT trace as an Episode. Wrong attempts are shown, not taught: `loss` of a turn is true, false, or "think"."""
+    """An SFT trace as an Episode. `loss` says what of a turn is taught: true, all; false, nothing; "think", its THINK without the wrong attempt."""
     episode = begin(policy, task, example)
     drawn = {}
     for turn in example["turns"]:
@@ -895,7 +899,8 @@ def demonstration(policy, task, example):
 def supervise(policy, batch, steps, lr, title, log):
     """AdamW on the mean negative log-prob of the taught tokens; `batch(step)` is a list of Episodes.
 
-    The rate warms up over a tenth of the steps (100 at most) and falls to a tenth along a cosine.
+    The rate warms up over a tenth of the steps (100 at most) and falls to a tenth along a cosine. `log.steps` counts from 1, or goes
+    on from the last checkpoint; `log` writes a line to metrics.jsonl; `optimizer.step` clips, updates and clears the gradients.
     """
     optimizer, warmup = optimizer_for(policy), max(1, min(100, steps // 10))
     for step in log.steps(title, steps, optimizer):
@@ -955,14 +960,14 @@ def rl(policy, reference, task, cfg, log):
     policy.freeze_vision(cfg.rl.freeze_vision)
     if reference:
         reference.freeze_vision(True)
-        reference.keep = policy.keep
+        reference.keep = policy.keep  # the cached visual tokens are common to both only while the policy's vision tower is frozen
     optimizer, buffer, examples, group = optimizer_for(policy), RollInBuffer(cfg.buffer), task.load("train"), cfg.rl.samples
     restore = lambda state: buffer.restore(state, task, examples)
     at_once = max(1, (cfg.rl.at_once or cfg.rl.questions * group) // group)  # questions
 
-    def roll_out(starts, turns, generator):
+    def roll_out(starts, generator):
         parts = (starts[at : at + at_once] for at in range(0, len(starts), at_once))
-        return [e for part in parts for e in play(policy, task, part, group, turns, generator, training=True)]
+        return [e for part in parts for e in play(policy, task, part, group, cfg.rl.max_turns, generator, training=True)]
 
     for step in log.steps("rl", cfg.rl.steps, optimizer, buffer.state, restore):
         began = time.time()
@@ -975,7 +980,7 @@ def rl(policy, reference, task, cfg, log):
         for example in items_of(examples, cfg.rl.questions, step, cfg.seed):
             rollin = buffer.draw(step, rng) if rng.random() >= cfg.rl.rtm_share else None
             rolled.append(rollin.start(policy, task)) if rollin else fresh.append(begin(policy, task, example))
-        fresh, rolled = roll_out(fresh, cfg.rl.max_turns, generator), roll_out(rolled, cfg.rl.rollin_turns, generator)
+        fresh, rolled = roll_out(fresh, generator), roll_out(rolled, generator)  # both with the full turn budget
         episodes = fresh + rolled
         sampled = time.time()
 
@@ -1019,7 +1024,7 @@ def rl(policy, reference, task, cfg, log):
              "well_formed": average(well_formed(task, e.all_turns) for e in episodes),
              "repeats": average(any(task.same(a, b) for a, b in itertools.combinations(e.attempts, 2)) for e in episodes),
              "turns": dict(sorted(Counter(len(e.turns) for e in fresh).items())),
-             "entropy": entropy / max(1, tokens), "kl": average(divergence), "kept": len(kept) / len(rewards),
+             "entropy": entropy / tokens if tokens else None, "kl": average(divergence), "kept": len(kept) / len(rewards),
              "rollins": len(rolled) / len(episodes), "buffer": len(buffer.entries),
              "buffer_wrong": average(not e.right for e in buffer.entries),
              "buffer_age": average(step - e.step for e in buffer.entries),
@@ -1031,7 +1036,7 @@ def rl(policy, reference, task, cfg, log):
 
 
 class Probe:
-    """The task with false feedback pictures, `picture(example, attempt)`: a correction that looks must suffer. Judging stays true."""
+    """The task with false feedback pictures, `picture(example, attempt)`; exact and progress stay those of the true task."""
 
     def __init__(self, task, picture):
         self.task, self.feedback = task, picture
@@ -1044,7 +1049,8 @@ def probes(task, failed):
     """{probe: picture shown after an attempt} for `failed`, a list of (example, its wrong first attempt).
 
     undrawn: the image without the attempt. other_attempt: the same image with an attempt on another question drawn.
-    other_image: another question's image, with its own attempt drawn.
+    other_image: another question's image, with its own attempt drawn. Where there is no other such attempt, or image, the probe
+    shows the undrawn, or the true picture.
     """
     after = {example["id"]: failed[n + 1 :] + failed[:n] for n, (example, _) in enumerate(failed)}  # those after it, then from the beginning
 
@@ -1070,13 +1076,12 @@ def wrong_start(policy, task, example, ids):
 def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
     """Greedy play, sampled play and repair of given wrong first turns, on every split. Returns (rows, fixed, episodes).
 
-    rows: a dict a split, with rates in [0, 1] (None where nothing was counted). first, final: the first or the last attempt is
+    rows: a dict a split, with rates in [0, 1] (None where nothing was counted). first, final: the first or the last ANSWER is
     exact; committed: final, and committed; repair_own: final, of those whose first is wrong; break: final is wrong, of those whose
     first is right; commit: ends in a valid FINAL, right or wrong; after_turn: final, had it stopped after 1, 2, ... turns. What ends in
     `_by_map` has a character a map (1, 0, - not counted), for paired tests.
-    fixed: {split: {example id: token ids of the SFT model's wrong first turn}}, given for every model that is compared with the
-    SFT model, which makes it: repair measured on it cannot be gained by failing first. Without it the model's own wrong first
-    turns serve. With cfg.eval.probes, repair of it is also measured under each of `probes`.
+    fixed: {split: {example id: token ids}}, the SFT model's wrong first turns. Every model that is compared with it repairs these
+    same turns, so that none gains by failing first. Without it the model's own wrong first turns serve. With cfg.eval.probes, repair of it is also measured under each of `probes`.
     episodes: the greedy ones, by split. brief: greedy play only.
     """
     rows, wrong, kept = [], {}, {}
@@ -1171,7 +1176,7 @@ def train(cfg, flat, words, folder):
     log, task = Log(folder, cfg.checkpoint), TASKS[cfg.task](cfg)
     print(f"run folder: {folder}", file=sys.stderr)
     log.stage("data")
-    base_cfg, base_flat = read_config([*words, "method=sft"])  # what this method is compared with, and starts from
+    base_cfg, base_flat = read_config([*words, "method=sft"])  # the SFT model that every method is compared with
     data_prep.check_memory(source_of(cfg.model), cfg, device_of(cfg), dtype_of(cfg, device_of(cfg)), task)
     base, base_folder = sft_model(base_cfg, base_flat, task)
     log.stage("sft")
@@ -1180,7 +1185,7 @@ def train(cfg, flat, words, folder):
     log.stage("evaluate sft")
     del base
     gc.collect()  # its memory is needed, and it refers to itself
-    policy, own_folder = sft_model(cfg, flat, task)
+    policy, own_folder = sft_model(cfg, flat, task)  # the one that RL starts from: the same, except for sft_long
     if not (folder / "checkpoints").is_dir():
         write_file(folder / "metrics.jsonl", (own_folder / "metrics.jsonl").read_text())
     log.stage("start model")
@@ -1198,23 +1203,45 @@ def train(cfg, flat, words, folder):
 
 
 def study(cfg, words):
-    """Every method with every seed, each a run that is skipped once it is done; then tables and a figure from the runs' own files."""
+    """Every method with every seed, each a run that is skipped once it is done; then tables and a figure from the runs' own files.
+
+    The same command in a second terminal takes the cells that the first is not at. A cell is done when its dev.json is there.
+    """
     task = TASKS[cfg.task](cfg)
-    for name in task.SPLITS:  # "the best other RL method" is chosen on dev: is it there?
+    for name in task.SPLITS:  # the report picks the best other RL method by dev accuracy: without dev splits, fail now, not after hours
         task.load(f"dev_{name}")
-    methods, cells = ("sft", "sft_long", *data_prep.RL_BASELINES, "vrrl"), []
-    for seed, method in itertools.product(range(cfg.study.seeds), methods):  # all methods of a seed start from one SFT model
-        run = cfg.run or "study-" + data_prep.study_file(cfg).stem.removeprefix("study_")
-        cell = [*words, "mode=train", f"method={method}", f"seed={seed}", "eval.probes=yes", f"run={run}/{method}-seed{seed}"]
-        folder = Path(cfg.runs) / run / f"{method}-seed{seed}"
-        print(f"== {method}, seed {seed}: {seed * len(methods) + methods.index(method) + 1} of {cfg.study.seeds * len(methods)}", file=sys.stderr)
-        main(cell)  # prints its table and does nothing else if it is done; complains if that had other settings
-        if not (folder / "dev.json").is_file():
-            dev, _ = read_config([*cell, "eval.splits=dev"])
-            rows, _, _ = evaluate(load_policy(folder / "model", dev), task, dev, title="dev", brief=True)
-            write_file(folder / "dev.json", json.dumps(rows) + "\n")
-        cells.append(folder)
-        data_prep.study_report(cfg, cells)
+    run = cfg.run or "study-" + data_prep.study_file(cfg).stem.removeprefix("study_")
+    folder = lambda method, seed: Path(cfg.runs) / run / f"{method}-seed{seed}"
+    cells = list(itertools.product(range(cfg.study.seeds), ("sft", "sft_long", *data_prep.RL_BASELINES, "vrrl")))
+    left = sorted(cells, key=lambda cell: cell[1] != "sft")  # first sft: the others of a seed need its model, and two processes would wait for one
+
+    def report():
+        with data_prep.lock(Path(cfg.runs) / run, wait=True):
+            data_prep.study_report(cfg, [done for s, m in cells if ((done := folder(m, s)) / "dev.json").is_file()])
+
+    while left:
+        for seed, method in list(left):
+            here = folder(method, seed)
+            cell = [*words, "mode=train", f"method={method}", f"seed={seed}", "eval.probes=yes", f"run={run}/{here.name}"]
+            try:
+                main(cell)  # prints its table and does nothing else if it is done; UserError if it has other settings
+                held = data_prep.lock(here)
+            except data_prep.Busy:  # another process is at it
+                continue
+            with held:
+                left.remove((seed, method))
+                print(f"== {method}, seed {seed}: {len(cells) - len(left)} of {len(cells)}", file=sys.stderr)
+                if not (here / "dev.json").is_file():
+                    dev, _ = read_config([*cell, "eval.splits=dev"])
+                    rows, _, _ = evaluate(load_policy(here / "model", dev), task, dev, title="dev", brief=True)
+                    write_file(here / "dev.json", json.dumps(rows) + "\n")
+                    gc.collect()  # policies refer to themselves
+                    report()
+        if left:
+            time.sleep(10)
+        if Stopped.asked:
+            raise Stopped
+    report()
     print(data_prep.study_text(cfg))
 
 
@@ -1247,7 +1274,7 @@ def main(words):
         starts = [begin(policy, task, e) for e in task.load("own")]
         chosen = play(policy, task, starts, 1, cfg.eval.max_turns, torch.Generator(policy.device), greedy=True)
     else:
-        rows, _, episodes = evaluate(policy, task, cfg)
+        rows, _, episodes = evaluate(policy, task, cfg, brief=cfg.mode == "show")
         chosen = data_prep.choose(task, episodes)
     if cfg.mode == "show":
         data_prep.film_strip(folder / "episodes.png", task, chosen, cfg.model)
