@@ -1547,7 +1547,8 @@ def test_a_study_holds_every_method_and_split_and_how_it_was_made(studied, task)
     found = json.loads((results / "study_navigation-smoke.json").read_text())
     methods = list(data_prep.settings_table()[1]["methods"])
     assert [(r["method"], r["split"]) for r in found["rows"]] == [(m, s) for m in methods for s in task.SPLITS]
-    needed = {"task", "method", "seed", "split", "ood", "n", "first", "final", "repair_own", "repair_fixed", "break", "commit", "turns", "dev_final", "after_turn"}
+    needed = {"task", "method", "seed", "split", "ood", "n", "first", "final", "sampled_final", "repair_own", "repair_fixed", "repair_undrawn", "break", "commit", "turns",
+              "dev_final", "after_turn"}
     assert all(needed <= set(row) for row in found["rows"]) and found["about"]["settings"]["rl.steps"] is not None
     assert [c["method"] for c in found["about"]["cells"]] == methods and found["about"]["methods"]["rl"]["reward.reflection"] is False
     text = (results / "study_navigation-smoke.md").read_text()
@@ -1565,6 +1566,17 @@ def test_a_study_skips_what_is_done_and_says_so_where_settings_differ(studied, m
         vrrl.main([*words, "rl.lr=1e-5"])
 
 
+def test_a_study_of_some_methods_takes_their_cells_and_no_others(studied, monkeypatch, tmp_path):
+    words, _ = studied
+    monkeypatch.setattr(vrrl, "evaluate", None)
+    vrrl.main([*words, "study.methods=sft vrrl", f"results={tmp_path}"])
+    assert {r["method"] for r in json.loads((tmp_path / "study_navigation-smoke.json").read_text())["rows"]} == {"sft", "vrrl"}
+    assert "| sft |" in (text := (tmp_path / "study_navigation-smoke.md").read_text()) and "| rl |" not in text
+    for given, error in (("sft grpo", "grpo"), (" ", "no method")):
+        with pytest.raises(vrrl.UserError, match=error):
+            vrrl.main([*words, f"study.methods={given}"])
+
+
 def test_a_study_leaves_a_cell_to_the_process_that_is_at_it_and_comes_back(studied, monkeypatch):
     words, results = studied
     held, slept = data_prep.lock(next((results.parent / "study").glob("*/rtm-seed0"))), []
@@ -1580,6 +1592,16 @@ def test_tables_of_a_study_come_from_its_file_alone(studied, capsys):
     assert capsys.readouterr().out.strip() == (results / "study_navigation-smoke.md").read_text().strip()
     with pytest.raises(vrrl.UserError, match="mode=study task=navigation makes it"):
         data_prep.main(["study", "results=nowhere"])
+
+
+def test_the_studies_in_the_readme_are_what_the_program_prints():
+    readme, files = (vrrl.HERE / "README.md").read_text(), sorted((vrrl.HERE / "results").glob("study_*.json"))
+    assert files
+    for file in files:
+        cfg, _ = vrrl.read_config([f"task={file.stem.removeprefix('study_')}", f"results={file.parent}"])
+        assert data_prep.study_text(cfg) in readme, f"python data_prep.py study task={cfg.task} prints other tables than the README has"
+        assert file.with_suffix(".md").read_text().strip() == data_prep.study_text(cfg)
+
 # ---------------------------------------------------------------- real models
 # Small random models of the true classes, with a byte-level BPE tokenizer, Qwen's special tokens and a chat template in its manner: what a
 # folder from the hub has, loaded by the same code.

@@ -1194,8 +1194,9 @@ def train(cfg, flat, words, folder):
         rl(policy, reference, task, cfg, log)
         del reference
         log.stage("rl")
-    rows, _, episodes = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}")
-    models[cfg.method] = rows
+    known = own_folder == base_folder and not cfg.rl.steps  # the SFT model itself: only episodes to draw are missing
+    rows, _, episodes = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}", brief=known)
+    models[cfg.method] = models["sft"] if known else rows
     log.stage(f"evaluate {cfg.method}")
     save_policy(policy, folder / "model")
     print("\n" + data_prep.report(folder, cfg, task, models, data_prep.differences(models), data_prep.choose(task, episodes)))
@@ -1203,7 +1204,7 @@ def train(cfg, flat, words, folder):
 
 
 def study(cfg, words):
-    """Every method with every seed, each a run that is skipped once it is done; then tables and a figure from the runs' own files.
+    """Each method with every seed, each a run that is skipped once it is done; then tables and a figure from the runs' own files.
 
     The same command in a second terminal takes the cells that the first is not at. A cell is done when its dev.json is there.
     """
@@ -1212,7 +1213,12 @@ def study(cfg, words):
         task.load(f"dev_{name}")
     run = cfg.run or "study-" + data_prep.study_file(cfg).stem.removeprefix("study_")
     folder = lambda method, seed: Path(cfg.runs) / run / f"{method}-seed{seed}"
-    cells = list(itertools.product(range(cfg.study.seeds), ("sft", "sft_long", *data_prep.RL_BASELINES, "vrrl")))
+    methods = cfg.study.methods.split()
+    if not methods:
+        raise UserError('study.methods names no method: study.methods="sft vrrl"')
+    for method in methods:
+        read_config([*words, f"method={method}"])  # UserError if there is no such row
+    cells = list(itertools.product(range(cfg.study.seeds), methods))
     left = sorted(cells, key=lambda cell: cell[1] != "sft")  # first sft: the others of a seed need its model, and two processes would wait for one
 
     def report():
