@@ -1213,7 +1213,7 @@ def study(cfg, words):
         task.load(f"dev_{name}")
     run = cfg.run or "study-" + data_prep.study_file(cfg).stem.removeprefix("study_")
     folder = lambda method, seed: Path(cfg.runs) / run / f"{method}-seed{seed}"
-    methods = cfg.study.methods.split()
+    methods = list(dict.fromkeys(cfg.study.methods.split()))
     if not methods:
         raise UserError('study.methods names no method: study.methods="sft vrrl"')
     for method in methods:
