@@ -1197,7 +1197,7 @@ def train(cfg, flat, words, folder):
     known = own_folder == base_folder and not cfg.rl.steps  # the SFT model itself: only episodes to draw are missing
     rows, _, episodes = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}", brief=known)
     models[cfg.method] = models["sft"] if known else rows
-    log.stage(f"evaluate {cfg.method}")
+    log.stage("play" if known else f"evaluate {cfg.method}")
     save_policy(policy, folder / "model")
     print("\n" + data_prep.report(folder, cfg, task, models, data_prep.differences(models), data_prep.choose(task, episodes)))
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
