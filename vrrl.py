@@ -3,7 +3,7 @@
 The idea (Tang, Yin, Durrett, arXiv 2607.02490). A vision-language model answers a question about an image, is shown
 its answer *drawn on the image*, and then either commits to it or corrects it. Trained with plain RL, models learn to
 be right at once, and hardly learn to correct: a right first answer earns the same reward, more easily. Their
-corrections are rewritten from the text so far and do not look at the picture. Two changes repair that.
+corrections are rewritten from the text so far and do not look at the picture. Prefix masking and buffered roll-ins repair that.
 
     policy pi (a VLM), roll-in buffer D = deque()
     repeat:
@@ -13,7 +13,7 @@ corrections are rewritten from the text so far and do not look at the picture. T
             sample G rollouts from the start, turn by turn; after each answer, draw it on the image and show it
             R_i = reward of rollout i                    (exact answer, and credit for corrections that progress)
             A_i = R_i - mean of the other G-1 rewards    (REINFORCE with a leave-one-out baseline)
-            prefix masking (fresh starts only): k ~ U{1..T}; turns before k leave the loss, so that it is about recovery
+            prefix masking (fresh starts only): k ~ U{1..T}, T its turns; turns before k leave the loss, so that it is about recovery
         gradient step on  - sum_i A_i * sum over the unmasked tokens of log pi(token)
         D.append(one prefix of each fresh rollout, cut after an attempt that was drawn)
 
@@ -77,7 +77,7 @@ HERE = Path(__file__).resolve().parent
 def read_config(words=(), file=HERE / "config.yaml"):
     """Settings from config.yaml, then the rows of the task, the profile and the method, then `key=value` words.
 
-    Returns (cfg, flat): a frozen dataclass, and the same as {"rl.steps": 100, ...}. Raises UserError.
+    Returns (cfg, flat): a frozen dataclass, and the same as {"rl.steps": 75, ...}. Raises UserError.
     """
     spec, config = data_prep.settings_table(file)
     given = {}
@@ -91,15 +91,15 @@ def read_config(words=(), file=HERE / "config.yaml"):
         row = str(given.get(table, flat[table]))
         data_prep.check_value(table, row, spec[table])
         flat.update({data_prep.check_key(key, spec): value for key, value in config[table + "s"][row].items()})
-    if file := given.get("protocol.file", flat["protocol.file"]):
-        flat.update(data_prep.read_protocol(file))
+    if words_file := given.get("protocol.file", flat["protocol.file"]):
+        flat.update(data_prep.read_protocol(words_file))
     flat.update(given)
     flat = {key: data_prep.check_value(key, flat[key], entry) for key, entry in spec.items()}
     return data_prep.nest(flat), flat
 
 
 # ==================== 2. Task =========================================================================
-# A task is a class with SPLITS, key, load, question, image, parse, exact, progress, same and feedback. Sections 3
+# A task is a class with SPLITS, lesson, key, load, question, image, parse, exact, progress, same and feedback. Sections 3
 # to 10 never ask which task is running: a new one is a new class, a line in TASKS, and its name and section in config.yaml.
 
 
@@ -152,7 +152,7 @@ class Navigation:
     def progress(self, example, attempt):
         """p_t in [0, 1]: length of the longest strictly distance-decreasing legal prefix, over the optimal length.
 
-        0 for an answer that reaches the goal and goes on.
+        0 if moves follow a complete shortest path.
         """
         return data_prep.progress(example["layout"], attempt)
 
@@ -180,7 +180,7 @@ class Points:
     def __init__(self, cfg, show=True):
         self.cfg, self.processor = cfg.points, None if cfg.points.scale else data_prep.image_processor(source_of(cfg.model))
         self.folder, self.records = self.open(cfg, show)
-        decides = {k: v for k, v in dataclasses.asdict(cfg.points).items() if k != "reach"}
+        decides = {k: v for k, v in dataclasses.asdict(cfg.points).items() if k != "reach"}  # which only the reward looks at
         self.key = data_prep.key_of([decides, str(self.folder.name), self.records])
 
     def open(self, cfg, show):
@@ -302,7 +302,7 @@ class Picture:
             image = image.resize(size, processor.resample)
         self.pixels, side = np.asarray(image), processor.patch_size * processor.merge_size
         self.rows, self.cols = height // side, width // side
-        self.features = None  # its visual tokens, shared by all policies with the same frozen vision tower
+        self.features = None  # its entry of `encode_pictures`, shared by all policies with the same frozen vision tower
 
 
 def size_seen(size, processor):
@@ -353,7 +353,7 @@ class Policy:
         self.banned[sorted(banned)] = True
 
     def freeze_vision(self, frozen):
-        """Keep the vision tower as it is. Then each picture needs encoding only once, if there is memory to keep its features."""
+        """Freeze the vision tower, or train it. Frozen, each picture needs encoding only once, if there is memory to keep its features."""
         self.frozen, self.keep = frozen, frozen and self.cfg.policy.keep_pictures
         self.model.model.visual.requires_grad_(not frozen)
 
@@ -471,7 +471,7 @@ class Policy:
         """The language model on new columns: embeds (B, W, D), mask (B, 1, 1 or W, L + W), positions (3, B, W)."""
         out = self.model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
                                               past_key_values=context.cache, use_cache=True, **extra)
-        context.cache.length += embeds.shape[1]
+        context.cache.length += embeds.shape[1]  # once, when every layer has added its keys
         return out.last_hidden_state
 
     def positions(self, ids, grids):
@@ -571,8 +571,9 @@ def load_policy(name, cfg):
     device, source = device_of(cfg), source_of(name)
     try:
         model, about = transformers.AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype_of(cfg, device), output_loading_info=True,  # "grouped": data_prep.grouped_attention, faster on a CPU
-            attn_implementation={"text_config": "grouped" if device.type == "cpu" else "sdpa", "vision_config": "sdpa"})
+            source, dtype=dtype_of(cfg, device), output_loading_info=True,
+            attn_implementation={"text_config": "grouped" if device.type == "cpu" else "sdpa",  # data_prep.grouped_attention, faster on a CPU
+                                 "vision_config": "sdpa"})
         if lost := sorted(about["missing_keys"]):  # the library would make them up
             raise UserError(f"its files lack {len(lost)} of the model's tensors, such as {lost[0]}")
         if cfg.policy.checkpointing:
@@ -615,7 +616,7 @@ class Episode:
     question_picture: Picture
     replayed: list = dataclasses.field(default_factory=list)
     turns: list = dataclasses.field(default_factory=list)
-    force_think: bool = False  # the first fresh turn starts with a forced <THINK>
+    force_think: bool = False  # after a wrong attempt: the first fresh turn starts with a forced <THINK>
 
     @property
     def all_turns(self):
@@ -736,12 +737,12 @@ def reward(task, episode, cfg):
 
         malformed: 0        committed and exact: 1 + bonus * reflection - revision_cost * revisions
         committed and wrong: form + (1 - form) * reflection
-        turn limit reached without FINAL: the same with `unfinished` in place of `form`, or malformed if that is 0
+        turn limit reached without FINAL, exact or not: the same with `unfinished` in place of `form`, or malformed if that is 0
         reflection = clip(sum_t w(p_{t+1} - p_t), 0, 1),  w(d) = d for d >= 0, worse * d for d < 0
 
-    p_t in [0, 1] is the progress of attempt t. Without reflection shaping, outcome only: reflection and revisions count 0. In the release
-    `unfinished` is 0: then a wrong answer that is committed in time pays more than an honest next attempt, and a model
-    that is often wrong learns to commit. cfg: the section `reward` of the settings.
+    p_t in [0, 1] is the progress of attempt t. Without reflection shaping reflection and revisions count 0. In the release
+    `unfinished` is 0: then a wrong answer that is committed in time pays more than another attempt at the turn limit, and a
+    model that is often wrong learns to commit. cfg: the section `reward` of the settings.
     """
     if not well_formed(task, episode.all_turns, unfinished=cfg.unfinished > 0):
         return 0.0
@@ -827,13 +828,13 @@ class RollInBuffer:
 def turn_weights(episode, prefix_mask, rng):
     """Prefix masking: the weight in the loss of every action token of an episode, in order.
 
-    random:   k ~ U{1..T}; turns k..T weigh 1, those before 0. T counts the fresh turns.
+    random:   k ~ U{1..T}; turns k..T weigh 1, those before 0. T: its turns. (The paper's random turn masking, RTM.)
     expected: its average over k: turn t weighs P(k <= t) = t / T.
-    Roll-in episodes are not masked: their old turns are not trained anyway.
+    Roll-in episodes are not masked: their replayed turns are not trained anyway.
 
     Bias: later actions decide T, so the weight t/T of turn t depends on them. The baseline then does not cancel in the
-    expectation, and a failing episode is blamed less if it is longer. For a fixed T there is no bias. `random` has the
-    same mean, so the same bias.
+    expectation, and each turn of a failing episode is blamed less the longer it gets. For a fixed T the baseline cancels.
+    `random` has the same mean, so the same bias.
     """
     total = len(episode.turns)
     if prefix_mask == "none" or episode.replayed:
@@ -887,8 +888,7 @@ def demonstration(policy, task, example):
     drawn = {}
     for turn in example["turns"]:
         ids = [*policy.encode(turn["text"]), policy.end_id]
-        thought = len(policy.encode(turn["text"].split("<ANSWER>")[0]))
-        taught = thought if turn["loss"] == "think" else len(ids) * turn["loss"]
+        taught = len(policy.encode(turn["text"].split("<ANSWER>")[0])) if turn["loss"] == "think" else len(ids) * turn["loss"]
         parsed = parse_turn(task, turn["text"])
         episode.turns.append(Turn(ids, [i < taught for i in range(len(ids))], (), *parsed, turn["text"]))
         if parsed[0] == "answer" and turn is not example["turns"][-1]:
@@ -975,7 +975,7 @@ def rl(policy, reference, task, cfg, log):
         rng, generator = random.Random(f"{cfg.seed} {step}"), torch.Generator(policy.device).manual_seed(1_000_003 * cfg.seed + step)
         rate = cfg.rl.lr * min(1.0, step / 20) * (1.0 - 0.9 * step / cfg.rl.steps)
 
-        # --- sample: each question from its start, or replaced by a roll-in prefix
+        # --- sample: each question from its start with probability rho (rtm_share), or replaced by a roll-in prefix
         fresh, rolled = [], []
         for example in items_of(examples, cfg.rl.questions, step, cfg.seed):
             rollin = buffer.draw(step, rng) if rng.random() >= cfg.rl.rtm_share else None
@@ -987,7 +987,7 @@ def rl(policy, reference, task, cfg, log):
         # --- advantages: within each group of rollouts from one start
         rewards = torch.tensor([reward(task, e, cfg.reward) for e in episodes]).view(-1, group)
         advantage = advantages(rewards, cfg.rl.std_norm).flatten().to(policy.device)
-        # Groups without signal are dropped: all rewards equal, or nearly all failed or exact (the release's bounds).
+        # Groups without signal are dropped: all rewards equal, or their mean near 0 or 1 (the release's bounds).
         mean, spread = rewards.mean(1), rewards.max(1).values - rewards.min(1).values
         kept = [n for n in range(len(rewards)) if spread[n] > 1e-6 and 0.01 < mean[n] < 0.99]
 
@@ -1021,7 +1021,7 @@ def rl(policy, reference, task, cfg, log):
              "first": average(solved(task, e, 0) for e in fresh), "final": average(solved(task, e) for e in fresh),
              "rollin_repair": average(solved(task, e) for e in rolled if e.force_think),
              "commit": average(e.committed for e in fresh),
-             "well_formed": average(well_formed(task, e.all_turns) for e in episodes),
+             "well_formed": average(well_formed(task, e.all_turns, cfg.reward.unfinished > 0) for e in episodes),
              "repeats": average(any(task.same(a, b) for a, b in itertools.combinations(e.attempts, 2)) for e in episodes),
              "turns": dict(sorted(Counter(len(e.turns) for e in fresh).items())),
              "entropy": entropy / tokens if tokens else None, "kl": average(divergence), "kept": len(kept) / len(rewards),
@@ -1049,8 +1049,8 @@ def probes(task, failed):
     """{probe: picture shown after an attempt} for `failed`, a list of (example, its wrong first attempt).
 
     undrawn: the image without the attempt. other_attempt: the same image with an attempt on another question drawn.
-    other_image: another question's image, with its own attempt drawn. Where there is no other such attempt, or image, the probe
-    shows the undrawn, or the true picture.
+    other_image: another question's image, with its own attempt drawn. Without another such attempt the probe shows the undrawn
+    picture; without another image, the true one.
     """
     after = {example["id"]: failed[n + 1 :] + failed[:n] for n, (example, _) in enumerate(failed)}  # those after it, then from the beginning
 
@@ -1078,10 +1078,11 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
 
     rows: a dict a split, with rates in [0, 1] (None where nothing was counted). first, final: the first or the last ANSWER is
     exact; committed: final, and committed; repair_own: final, of those whose first is wrong; break: final is wrong, of those whose
-    first is right; commit: ends in a valid FINAL, right or wrong; after_turn: final, had it stopped after 1, 2, ... turns. What ends in
+    first is right; commit: ends in a FINAL that repeats the last ANSWER; after_turn: final, had it stopped after 1, 2, ... turns. What ends in
     `_by_map` has a character a map (1, 0, - not counted), for paired tests.
-    fixed: {split: {example id: token ids}}, the SFT model's wrong first turns. Every model that is compared with it repairs these
-    same turns, so that none gains by failing first. Without it the model's own wrong first turns serve. With cfg.eval.probes, repair of it is also measured under each of `probes`.
+    fixed: {split: {example id: token ids}}, the SFT model's wrong first turns; n_fixed: how many. Every model that is compared with it
+    repairs these same turns, so that none gains by failing first. Without it the model's own wrong first turns serve. With
+    cfg.eval.probes, repair is also measured under each of `probes`.
     episodes: the greedy ones, by split. brief: greedy play only.
     """
     rows, wrong, kept = [], {}, {}
@@ -1102,7 +1103,7 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
         examples = task.load(split)[: cfg.eval.maps]
         own = kept[name] = run([begin(policy, task, e) for e in examples])
         first, final = [solved(task, e, 0) for e in own], [solved(task, e) for e in own]
-        wrong[name] = {e.example["id"]: e.turns[0].ids for e, ok in zip(own, first) if e.attempts and not ok}
+        wrong[name] = {e.example["id"]: e.turns[0].ids for e, ok in zip(own, first) if e.attempts and not ok}  # what parses can be drawn
         reached = lambda e, turn: solved(task, e, min(turn, len(e.attempts) - 1))
         row = {
             "split": name, "ood": name != "id", "n": len(own), "first": average(first), "final": average(final),
@@ -1113,18 +1114,18 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
             "after_turn": [average(reached(e, turn) for e in own) for turn in range(cfg.eval.max_turns)],
             "first_by_map": data_prep.bits(first), "final_by_map": data_prep.bits(final)}
         rows.append(row)
-        if drawn := sum("drawn" in example for example in examples):  # not the pictures of the data's authors
+        if drawn := sum("drawn" in example for example in examples):  # the authors' data: those whose PNG was missing
             row["drawn"] = drawn
         if brief:
             continue
         row["sampled_final"] = average(solved(task, e) for e in run([begin(policy, task, e) for e in examples], greedy=False))
         given = (fixed or wrong)[name]
         failed = [e for e in examples if e["id"] in given]
-        shown = {"fixed": task}
+        views = {"fixed": task}
         if cfg.eval.probes:
             attempts = [wrong_start(policy, task, e, given[e["id"]]).attempts[0] for e in failed]
-            shown |= {probe: Probe(task, picture) for probe, picture in probes(task, list(zip(failed, attempts))).items()}
-        for probe, view in shown.items():
+            views |= {probe: Probe(task, picture) for probe, picture in probes(task, list(zip(failed, attempts))).items()}
+        for probe, view in views.items():
             played = run([wrong_start(policy, view, e, given[e["id"]]) for e in failed], shown=view)
             repaired = {e.example["id"]: solved(task, e) for e in played}
             row |= {f"repair_{probe}": average(repaired.values()), "n_fixed": len(repaired),
@@ -1170,7 +1171,7 @@ def evaluated(folder, policy, task, cfg):
 
 def train(cfg, flat, words, folder):
     """SFT, then RL, then evaluation: the method's row decides which parts do anything. `folder` is the run's own."""
-    if not data_prep.open_run(folder, flat):
+    if not data_prep.open_run(folder, flat):  # finished before
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # in case it was killed just there
         return print((folder / "report.md").read_text())
     log, task = Log(folder, cfg.checkpoint), TASKS[cfg.task](cfg)
@@ -1186,7 +1187,7 @@ def train(cfg, flat, words, folder):
     del base
     gc.collect()  # its memory is needed, and it refers to itself
     policy, own_folder = sft_model(cfg, flat, task)  # the one that RL starts from: the same, except for sft_long
-    if not (folder / "checkpoints").is_dir():
+    if not (folder / "checkpoints").is_dir():  # not going on after a stop: begin with the lines of SFT
         write_file(folder / "metrics.jsonl", (own_folder / "metrics.jsonl").read_text())
     log.stage("start model")
     if cfg.rl.steps:
