@@ -200,7 +200,7 @@ def fails(capsys, words, function=vrrl.main):
     ("sed=3", "nearest: seed"), ("rl.step=3", "nearest: rl.steps"), ("lr=1", "nearest: "), ("steps", "key=value"), ("--seed", "key=value"),
     ("seed=three", "seed=three is not allowed"), ("rl.steps=1.5", "0 to 1000000"), ("seed=", "not allowed"), ("seed=-1", "0 to 1000000"),
     ("rl.rtm_share=1.01", "0 to 1"), ("rl.lr=nan", "0 to 1"), ("rl.lr=inf", "0 to 1"), ("rl.samples=1", "2 to 256"),
-    ("rl.std_norm=maybe", "yes, no"), ("task=chess", "allowed: navigation"), ("method=ppo", "sft"), ("profile=huge", "default, smoke"),
+    ("rl.std_norm=maybe", "yes, no"), ("task=chess", "allowed: navigation"), ("method=ppo", "sft"), ("profile=huge", "default, long, smoke"),
     ("mode=play", "train, eval"), ("rl.prefix_mask=some", "none, random, expected"), ("device=tpu", "auto, cpu, cuda"),
 ])
 def test_a_wrong_setting_is_one_clear_line(capsys, word, said):
@@ -1595,7 +1595,7 @@ def test_tables_of_a_study_come_from_its_file_alone(studied, capsys):
 
 
 def test_the_tables_of_studies_in_the_readme_are_what_the_program_prints():
-    readme, files, printed = (vrrl.HERE / "README.md").read_text(), sorted((vrrl.HERE / "results").glob("study_*.json")), []
+    readme, files, printed = (vrrl.HERE / "README.md").read_text(), sorted((vrrl.HERE / "results").rglob("study_*.json")), []
     assert files
     for file in files:
         cfg, _ = vrrl.read_config([f"task={file.stem.removeprefix('study_')}", f"results={file.parent}"])

@@ -740,9 +740,10 @@ def reward(task, episode, cfg):
         turn limit reached without FINAL, exact or not: the same with `unfinished` in place of `form`, or malformed if that is 0
         reflection = clip(sum_t w(p_{t+1} - p_t), 0, 1),  w(d) = d for d >= 0, worse * d for d < 0
 
-    p_t in [0, 1] is the progress of attempt t. Without reflection shaping reflection and revisions count 0. In the release
-    `unfinished` is 0: then a wrong answer that is committed in time pays more than another attempt at the turn limit, and a
-    model that is often wrong learns to commit. cfg: the section `reward` of the settings.
+    p_t in [0, 1] is the progress of attempt t; `worse` below 1 (0.5 in the paper) also pays for going down and up again. Without
+    reflection shaping reflection and revisions count 0. In the release `unfinished` is 0: then a wrong answer that is committed
+    in time pays more than another attempt at the turn limit, and a model that is often wrong learns to commit.
+    cfg: the section `reward` of the settings.
     """
     if not well_formed(task, episode.all_turns, unfinished=cfg.unfinished > 0):
         return 0.0
