@@ -1334,14 +1334,17 @@ class KeyValues:
 def grouped_attention(module, query, key, value, attention_mask, scaling, **kwargs):
     """Attention for a CPU: query (B, heads, W, D), key and value (B, kv_heads, L, D), mask True where W may look at L.
 
-    The heads that share a key are handled as more rows of one product. The library's own way copies every key and
-    value for every head, at every sampled token; and its fused kernel has a slow backward pass in bf16.
+    The library's own way copies every key and value for every head, at every sampled token. PyTorch's fused kernel
+    does not, but has a slow backward pass in bf16: with gradients, the heads that share a key are more rows of one product.
     """
+    if not torch.is_grad_enabled():
+        fused = torch.nn.functional.scaled_dot_product_attention
+        return fused(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True).transpose(1, 2), None
     size, heads, width, dim = query.shape
     shared = key.shape[1]
-    scores = query.reshape(size, shared, -1, dim) @ key.contiguous().transpose(2, 3) * scaling
+    scores = query.reshape(size, shared, -1, dim) @ key.transpose(2, 3) * scaling
     scores = scores.view(size, heads, width, -1).masked_fill(~attention_mask, -1e9)
-    out = scores.softmax(-1).view(size, shared, heads // shared * width, -1) @ value.contiguous()
+    out = scores.softmax(-1).view(size, shared, heads // shared * width, -1) @ value
     return out.view(size, heads, width, dim).transpose(1, 2), None
 
 
