@@ -1341,11 +1341,13 @@ def grouped_attention(module, query, key, value, attention_mask, scaling, **kwar
         fused = torch.nn.functional.scaled_dot_product_attention
         return fused(query, key, value, attn_mask=attention_mask, scale=scaling, enable_gqa=True).transpose(1, 2), None
     size, heads, width, dim = query.shape
-    shared = key.shape[1]
-    scores = query.reshape(size, shared, -1, dim) @ key.transpose(2, 3) * scaling
-    scores = scores.view(size, heads, width, -1).masked_fill(~attention_mask, -1e9)
-    out = scores.softmax(-1).view(size, shared, heads // shared * width, -1) @ value
-    return out.view(size, heads, width, dim).transpose(1, 2), None
+    shared, out = key.shape[1], []
+    rows = max(1, 1_000_000 // (heads * width * key.shape[2]))  # at a time: their scores stay in the processor's cache
+    for q, k, v, mask in zip(*(t.split(rows) for t in (query, key, value, attention_mask))):
+        scores = q.reshape(len(q), shared, -1, dim) @ k.transpose(2, 3) * scaling
+        scores = scores.view(len(q), heads, width, -1).masked_fill(~mask, -1e9).softmax(-1)
+        out.append((scores.view(len(q), shared, -1, k.shape[2]) @ v).view(len(q), heads, width, dim))
+    return torch.cat(out).transpose(1, 2), None
 
 
 transformers.AttentionInterface.register("grouped", grouped_attention)
