@@ -737,12 +737,12 @@ def reward(task, episode, cfg):
 
         malformed: 0        committed and exact: 1 + bonus * reflection - revision_cost * revisions
         committed and wrong: form + (1 - form) * reflection
-        turn limit reached without FINAL, exact or not: the same with `unfinished` in place of `form`, or malformed if that is 0
+        turn limit reached without FINAL, exact or not: malformed; if `unfinished` is above 0, it stands in for `form` here
         reflection = clip(sum_t w(p_{t+1} - p_t), 0, 1),  w(d) = d for d >= 0, worse * d for d < 0
 
     p_t in [0, 1] is the progress of attempt t; `worse` below 1 (0.5 in the paper) also pays for going down and up again. Without
-    reflection shaping reflection and revisions count 0. In the release `unfinished` is 0: then a wrong answer that is committed
-    in time pays more than another attempt at the turn limit, and a model that is often wrong learns to commit.
+    reflection shaping reflection and revisions count 0. `unfinished` is 0 in the paper: a wrong answer that is committed in time
+    then pays more than another attempt at the turn limit. Above 0, long conversations that solve nothing pay as well.
     cfg: the section `reward` of the settings.
     """
     if not well_formed(task, episode.all_turns, unfinished=cfg.unfinished > 0):
