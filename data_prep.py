@@ -1332,10 +1332,10 @@ class KeyValues:
 
 
 def grouped_attention(module, query, key, value, attention_mask, scaling, **kwargs):
-    """Attention for a CPU: query (B, heads, W, D), key and value (B, kv_heads, L, D), mask True where W may look at L.
+    """Attention for a CPU: query (B, heads, W, D), key and value (B, kv_heads, L, D), mask True where W may look at L. Returns (B, W, heads, D), None.
 
-    The library's own way copies every key and value for every head, at every sampled token. PyTorch's fused kernel
-    does not, but has a slow backward pass in bf16: with gradients, the heads that share a key are more rows of one product.
+    Without gradients: PyTorch's fused kernel, straight on the cached keys and values. Its backward pass is slow in bf16, so with
+    gradients the queries of the heads that share a key are stacked into one product, a few conversations at a time.
     """
     if not torch.is_grad_enabled():
         fused = torch.nn.functional.scaled_dot_product_attention

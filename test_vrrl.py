@@ -1598,7 +1598,8 @@ def test_the_tables_of_studies_in_the_readme_are_what_the_program_prints():
     readme, files, printed = (vrrl.HERE / "README.md").read_text(), sorted((vrrl.HERE / "results").rglob("study_*.json")), []
     assert files
     for file in files:
-        cfg, _ = vrrl.read_config([f"task={file.stem.removeprefix('study_')}", f"results={file.parent}"])
+        task, _, profile = file.stem.removeprefix("study_").partition("-")
+        cfg, _ = vrrl.read_config([f"task={task}", f"profile={profile or 'default'}", f"results={file.parent}"])
         text = data_prep.study_text(cfg)
         assert file.with_suffix(".md").read_text().strip() == text, f"python data_prep.py study task={cfg.task} prints other tables"
         printed.append(text.split("\n\n"))

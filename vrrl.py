@@ -75,7 +75,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def read_config(words=(), file=HERE / "config.yaml"):
-    """Settings from config.yaml, then the rows of the task, the profile and the method, then `key=value` words.
+    """Settings from config.yaml, then the rows of the task, the profile and the method, a protocol file, and `key=value` words; the later wins.
 
     Returns (cfg, flat): a frozen dataclass, and the same as {"rl.steps": 75, ...}. Raises UserError.
     """
@@ -100,7 +100,7 @@ def read_config(words=(), file=HERE / "config.yaml"):
 
 # ==================== 2. Task =========================================================================
 # A task is a class with SPLITS, lesson, key, load, question, image, parse, exact, progress, same and feedback. Sections 3
-# to 10 never ask which task is running: a new one is a new class, a line in TASKS, and its name and section in config.yaml.
+# to 10 never ask which task is running: a new one is a new class, a line in TASKS, and in config.yaml its name, its row and its section.
 
 
 class Navigation:
@@ -152,7 +152,7 @@ class Navigation:
     def progress(self, example, attempt):
         """p_t in [0, 1]: length of the longest strictly distance-decreasing legal prefix, over the optimal length.
 
-        0 if moves follow a complete shortest path.
+        0 if more moves come after a complete shortest path.
         """
         return data_prep.progress(example["layout"], attempt)
 
@@ -246,7 +246,7 @@ class Points:
 
 
 class Table(Points):
-    """Tables: the cell in a given row and column. `size` has more rows and columns than trained on, `look` other colours."""
+    """Tables: the cell in a given row and column. `size` has more rows and columns than trained on, `look` other colours, rules and sides of the headers."""
 
     SPLITS = Navigation.SPLITS
     FIGURE = "table"
@@ -353,7 +353,7 @@ class Policy:
         self.banned[sorted(banned)] = True
 
     def freeze_vision(self, frozen):
-        """Freeze the vision tower, or train it. Frozen, each picture needs encoding only once, if there is memory to keep its features."""
+        """Freeze the vision tower, or train it. Frozen, each picture needs encoding only once for as long as it lives, if there is memory to keep its features."""
         self.frozen, self.keep = frozen, frozen and self.cfg.policy.keep_pictures
         self.model.model.visual.requires_grad_(not frozen)
 
@@ -737,7 +737,7 @@ def reward(task, episode, cfg):
 
         malformed: 0        committed and exact: 1 + bonus * reflection - revision_cost * revisions
         committed and wrong: form + (1 - form) * reflection
-        turn limit reached without FINAL, exact or not: malformed; if `unfinished` is above 0, it stands in for `form` here
+        turn limit reached without FINAL, exact or not: 0, or if `unfinished` > 0: unfinished + (1 - unfinished) * reflection
         reflection = clip(sum_t w(p_{t+1} - p_t), 0, 1),  w(d) = d for d >= 0, worse * d for d < 0
 
     p_t in [0, 1] is the progress of attempt t; `worse` below 1 (0.5 in the paper) also pays for going down and up again. Without
@@ -763,7 +763,7 @@ def reward(task, episode, cfg):
 
 @dataclasses.dataclass
 class RollIn:
-    """A stored prefix: the first turns of an episode up to a decision, labelled by the last attempt. Pictures are drawn again."""
+    """A stored prefix: the first turns of an episode up to the decision to commit or to revise, labelled by the last attempt. Pictures are drawn again."""
 
     example: dict
     turns: list
@@ -931,9 +931,9 @@ def items_of(items, count, step, seed):
 
 
 def sft(policy, task, cfg, log):
-    """First answers alone: they are the hard part for a small model, and cost little without the turns that follow.
+    """Stage `first`: the first answer alone. It is the hard part for a small model, and costs little without the turns that follow.
 
-    Then whole traces: the protocol, first answers, and corrections of given wrong attempts.
+    Stage `sft`: whole traces, with the protocol, first answers, and corrections of given wrong attempts.
     """
     policy.freeze_vision(cfg.sft.freeze_vision)
     examples = task.load("sft")
@@ -1000,7 +1000,7 @@ def rl(policy, reference, task, cfg, log):
             batch = [episodes[i] for i in part]
             logps, entropies = policy.log_probs(batch)
             refs = logps  # not looked at unless there is a KL term
-            if reference and (cfg.rl.kl or at == 0):  # without one, the divergence is measured on one micro-batch only, the shortest rollouts
+            if reference and (cfg.rl.kl or at == 0):  # without a KL term the divergence is measured on one micro-batch only, the shortest rollouts
                 with torch.no_grad():
                     refs = reference.log_probs(batch)[0]
                     divergence.append(kl_terms(torch.cat(logps), torch.cat(refs)).mean().item())
@@ -1078,7 +1078,7 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
     """Greedy play, sampled play and repair of given wrong first turns, on every split. Returns (rows, fixed, episodes).
 
     rows: a dict a split, with rates in [0, 1] (None where nothing was counted). first, final: the first or the last ANSWER is
-    exact; committed: final, and committed; repair_own: final, of those whose first is wrong; break: final is wrong, of those whose
+    exact; committed: final, and committed; repair_own: final, of those whose first is wrong or no answer; break: final is wrong, of those whose
     first is right; commit: ends in a FINAL that repeats the last ANSWER; after_turn: final, had it stopped after 1, 2, ... turns. What ends in
     `_by_map` has a character a map (1, 0, - not counted), for paired tests.
     fixed: {split: {example id: token ids}}, the SFT model's wrong first turns; n_fixed: how many. Every model that is compared with it
