@@ -199,7 +199,7 @@ def fails(capsys, words, function=vrrl.main):
 @pytest.mark.parametrize("word, said", [
     ("sed=3", "nearest: seed"), ("rl.step=3", "nearest: rl.steps"), ("lr=1", "nearest: "), ("steps", "key=value"), ("--seed", "key=value"),
     ("seed=three", "seed=three is not allowed"), ("rl.steps=1.5", "0 to 1000000"), ("seed=", "not allowed"), ("seed=-1", "0 to 1000000"),
-    ("rl.rtm_share=1.01", "0 to 1"), ("rl.lr=nan", "0 to 1"), ("rl.lr=inf", "0 to 1"), ("rl.samples=1", "2 to 256"),
+    ("rl.rho=1.01", "0 to 1"), ("rl.lr=nan", "0 to 1"), ("rl.lr=inf", "0 to 1"), ("rl.samples=1", "2 to 256"),
     ("rl.std_norm=maybe", "yes, no"), ("task=chess", "allowed: navigation"), ("method=ppo", "sft"), ("profile=huge", "default, long, smoke"),
     ("mode=play", "train, eval"), ("rl.prefix_mask=some", "none, random, expected"), ("device=tpu", "auto, cpu, cuda"),
 ])
@@ -1342,7 +1342,7 @@ def test_passes_over_the_items_are_whole_and_in_new_orders():
 
 @pytest.mark.parametrize("kl", [0.0, 0.1])
 def test_rl_gives_every_rollout_its_own_advantage_mask_and_reference(home, taught, task, monkeypatch, kl):
-    cfg = settings(home, "rl.steps=3", f"rl.kl={kl}", "rl.rtm_share=0.5", "buffer.start=1", "rl.questions=6", "rl.samples=3", "rl.micro=7", "rl.lr=0.001", "rl.max_turns=3")
+    cfg = settings(home, "rl.steps=3", f"rl.kl={kl}", "rl.rho=0.5", "buffer.start=1", "rl.questions=6", "rl.samples=3", "rl.micro=7", "rl.lr=0.001", "rl.max_turns=3")
     policy = vrrl.Policy(copy.deepcopy(taught.model), taught.tokenizer, taught.processor, cfg)
     score = lambda task, e, cfg: sum(e.rest) % 7 / 10 + 0.1  # spread out, so that nearly every group has signal
     batches, losses, lines, real = [], [], [], (policy.log_probs, vrrl.policy_loss)
@@ -1373,7 +1373,7 @@ def test_rl_gives_every_rollout_its_own_advantage_mask_and_reference(home, taugh
 
 def test_a_vision_tower_in_training_looks_at_every_picture_anew(home, taught, task, monkeypatch):
     """Roll-in pictures live on over several steps: features that the frozen reference keeps must not reach the policy."""
-    cfg = settings(home, "rl.steps=3", "rl.kl=0.1", "rl.freeze_vision=no", "rl.rtm_share=0.5", "buffer.start=1", "rl.questions=6", "rl.samples=3")
+    cfg = settings(home, "rl.steps=3", "rl.kl=0.1", "rl.freeze_vision=no", "rl.rho=0.5", "buffer.start=1", "rl.questions=6", "rl.samples=3")
     policy = vrrl.Policy(copy.deepcopy(taught.model), taught.tokenizer, taught.processor, cfg)
     score, real, rolled = (lambda task, e, cfg: sum(e.rest) % 7 / 10 + 0.1), policy.log_probs, []
 
@@ -1594,8 +1594,9 @@ def test_tables_of_a_study_come_from_its_file_alone(studied, capsys):
         data_prep.main(["study", "results=nowhere"])
 
 
-def test_the_tables_of_studies_in_the_readme_are_what_the_program_prints():
-    readme, files, printed = (vrrl.HERE / "README.md").read_text(), sorted((vrrl.HERE / "results").rglob("study_*.json")), []
+def test_the_tables_of_studies_in_the_readmes_are_what_the_program_prints():
+    results, printed = vrrl.HERE / "results", []
+    readme, files = "\n\n".join(file.read_text() for file in (vrrl.HERE / "README.md", results / "README.md")), sorted(results.rglob("study_*.json"))
     assert files
     for file in files:
         task, _, profile = file.stem.removeprefix("study_").partition("-")
@@ -1603,7 +1604,7 @@ def test_the_tables_of_studies_in_the_readme_are_what_the_program_prints():
         text = data_prep.study_text(cfg)
         assert file.with_suffix(".md").read_text().strip() == text, f"python data_prep.py study task={cfg.task} prints other tables"
         printed.append(text.split("\n\n"))
-        assert len([table for table in printed[-1] if table.startswith("| ") and table in readme]) >= 2, f"README has no tables of {file.name}"
+        assert len([table for table in printed[-1] if table.startswith("| ") and table in readme]) >= 2, f"no README has tables of {file.name}"
     shown = [block for block in readme.split("\n\n") if block.startswith(("| method | seeds", "| method | its attempt", "| method | id", "| vrrl minus"))]
     assert all(any(block in tables for tables in printed) for block in shown)
 
@@ -2407,7 +2408,7 @@ def run_until(words, folder, stage, number, step):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_save_first_and_the_same_command_goes_on(home, tmp_path, number):
+def test_ctrl_c_and_sigterm_save_first_and_the_same_command_goes_on(smoke, home, tmp_path, number):
     words = ["profile=smoke", f"model={home / 'model'}", f"data={home / 'data'}", "device=cpu", "threads=1", "buffer.start=1", "rl.steps=12", "sft.steps=1",
              "sft.first_steps=0", "checkpoint=86400"]
     whole, stopped = tmp_path / "whole" / "x", tmp_path / "stopped" / "x"
@@ -2611,7 +2612,7 @@ def speed(words, steps=7):
     row("plain", plain=True)
     row("as it is")
     for turns in (1, 2, 4, 8):
-        row(f"{turns} turns", f"rl.max_turns={turns}", "rl.rtm_share=1")
+        row(f"{turns} turns", f"rl.max_turns={turns}", "rl.rho=1")
     for samples in (8, 16, 32):
         row(f"{samples} samples", f"rl.samples={samples}")
 

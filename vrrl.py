@@ -956,6 +956,9 @@ def average(values):
     return sum(values) / len(values) if values else None
 
 
+WARMUP = 20  # steps in which the learning rate rises
+
+
 def rl(policy, reference, task, cfg, log):
     """VRRL, or what the method's row leaves of it, from the SFT model `policy`; `reference` is its frozen copy, or None."""
     policy.freeze_vision(cfg.rl.freeze_vision)
@@ -974,12 +977,12 @@ def rl(policy, reference, task, cfg, log):
         began = time.time()
         # All that is random in a step hangs on its number alone: a run that was stopped goes on as if it had not been.
         rng, generator = random.Random(f"{cfg.seed} {step}"), torch.Generator(policy.device).manual_seed(1_000_003 * cfg.seed + step)
-        rate = cfg.rl.lr * min(1.0, step / 20) * (1.0 - 0.9 * step / cfg.rl.steps)
+        rate = cfg.rl.lr * min(step / WARMUP, 1.0 - 0.9 * (step - WARMUP) / max(1, cfg.rl.steps - WARMUP))
 
-        # --- sample: each question from its start with probability rho (rtm_share), or replaced by a roll-in prefix
+        # --- sample: each question from its start with probability rho, or replaced by a roll-in prefix
         fresh, rolled = [], []
         for example in items_of(examples, cfg.rl.questions, step, cfg.seed):
-            rollin = buffer.draw(step, rng) if rng.random() >= cfg.rl.rtm_share else None
+            rollin = buffer.draw(step, rng) if rng.random() >= cfg.rl.rho else None
             rolled.append(rollin.start(policy, task)) if rollin else fresh.append(begin(policy, task, example))
         fresh, rolled = roll_out(fresh, generator), roll_out(rolled, generator)  # both with the full turn budget
         episodes = fresh + rolled
