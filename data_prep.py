@@ -26,7 +26,9 @@ import dataclasses
 import difflib
 import fcntl
 import functools
+import gc
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -499,6 +501,9 @@ def load_image(path):
         raise
     except Exception as error:   # decoders raise many kinds for broken files
         raise UserError(f"{path}: not a usable image ({error})".replace("\n", " ")) from None
+
+
+cached_image = functools.lru_cache(maxsize=1024)(load_image)   # for the pictures of a data folder, which do not change
 
 
 # ---------------------------------------------------------------- 5. making the data
@@ -1956,6 +1961,75 @@ def report(folder, cfg, task, models, differences, episodes):
     return text
 
 
+def probes(task, failed):
+    """{probe: picture shown after an attempt} for `failed`, a list of (example, its wrong first attempt).
+
+    undrawn: the image without the attempt. other_attempt: the same image with an attempt on another question drawn.
+    other_image: another question's image, with its own attempt drawn. Without another such attempt the probe shows the undrawn
+    picture; without another image, the true one.
+    """
+    after = {example["id"]: failed[n + 1 :] + failed[:n] for n, (example, _) in enumerate(failed)}  # those after it, then from the beginning
+
+    def other_attempt(example, attempt):
+        others = (other for _, other in after[example["id"]])
+        other = next((o for o in others if not task.same(o, attempt) and not task.exact(example, o)), None)
+        return task.image(example) if other is None else task.feedback(example, other)
+
+    def other_image(example, attempt):
+        return task.feedback(*next((o for o in after[example["id"]] if o[0]["image"] != example["image"]), (example, attempt)))
+
+    return {"undrawn": lambda example, attempt: task.image(example), "other_attempt": other_attempt, "other_image": other_image}
+
+
+def study(cfg, words):
+    """Each method with every seed, each a run that is skipped once it is done; then tables and a figure from the runs' own files.
+
+    The same command in a second terminal takes the cells that the first is not at. A cell is done when its dev.json is there.
+    """
+    import vrrl
+    task = vrrl.TASKS[cfg.task](cfg)
+    for name in task.SPLITS:  # the report picks the best other RL method by dev accuracy: without dev splits, fail now, not after hours
+        task.load(f"dev_{name}")
+    run = cfg.run or "study-" + study_file(cfg).stem.removeprefix("study_")
+    folder = lambda method, seed: Path(cfg.runs) / run / f"{method}-seed{seed}"
+    methods = list(dict.fromkeys(cfg.study.methods.split()))
+    if not methods:
+        raise UserError('study.methods names no method: study.methods="sft vrrl"')
+    for method in methods:
+        vrrl.read_config([*words, f"method={method}"])  # UserError if there is no such row
+    cells = list(itertools.product(range(cfg.study.seeds), methods))
+    left = sorted(cells, key=lambda cell: cell[1] != "sft")  # first sft: the others of a seed need its model, and two processes would wait for one
+
+    def report():
+        with lock(Path(cfg.runs) / run, wait=True):
+            study_report(cfg, [done for s, m in cells if ((done := folder(m, s)) / "dev.json").is_file()])
+
+    while left:
+        for seed, method in list(left):
+            here = folder(method, seed)
+            cell = [*words, "mode=train", f"method={method}", f"seed={seed}", "eval.probes=yes", f"run={run}/{here.name}"]
+            try:
+                vrrl.main(cell)  # prints its table and does nothing else if it is done; UserError if it has other settings
+                held = lock(here)
+            except Busy:  # another process is at it
+                continue
+            with held:
+                left.remove((seed, method))
+                print(f"== {method}, seed {seed}: {len(cells) - len(left)} of {len(cells)}", file=sys.stderr)
+                if not (here / "dev.json").is_file():
+                    dev, _ = vrrl.read_config([*cell, "eval.splits=dev"])
+                    rows, _, _ = vrrl.evaluate(vrrl.load_policy(here / "model", dev), task, dev, title="dev", brief=True)
+                    write_file(here / "dev.json", json.dumps(rows) + "\n")
+                    gc.collect()  # policies refer to themselves
+                    report()
+        if left:
+            time.sleep(10)
+        if Stopped.asked:
+            raise Stopped
+    report()
+    print(study_text(cfg))
+
+
 RL_BASELINES = ("rl", "rl_reflect", "rtm", "rollin")
 PROBES = ("undrawn", "other_attempt", "other_image")
 
@@ -2375,6 +2449,25 @@ def check_memory(source, cfg, device, dtype, task):
 
 
 # ---- loading
+
+
+def load_model(name, cfg):
+    """(model, tokenizer, image processor) of a Hugging Face folder or hub name, on cfg's device and in its precision."""
+    device, source = device_of(cfg), source_of(name)
+    kinds = {"text_config": "grouped" if device.type == "cpu" else "sdpa", "vision_config": "sdpa"}   # of attention
+    try:
+        model, about = transformers.AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype_of(cfg, device), output_loading_info=True, attn_implementation=kinds)
+        if cfg.policy.checkpointing:
+            checkpoint_layers(model)
+        found = model.to(device).eval(), load_tokenizer(source), image_processor(source)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:   # half a download, another architecture: the libraries raise many kinds
+        raise UserError(f"model={name} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
+    if lost := sorted(about["missing_keys"]):   # the library would make them up
+        raise UserError(f"model={name} cannot be loaded: its files lack {len(lost)} of the model's tensors, such as {lost[0]}")
+    return found
 
 
 def image_processor(source):

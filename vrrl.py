@@ -2,7 +2,7 @@
 
 The idea (Tang, Yin, Durrett, arXiv 2607.02490). A vision-language model answers a question about an image, is shown
 its answer *drawn on the image*, and then either commits to it or corrects it. Trained with plain RL, models learn to
-be right at once, and hardly learn to correct: a right first answer earns the same reward, more easily. Their
+be right at once, and hardly learn to correct: a right first answer earns the same outcome reward, more easily. Their
 corrections are rewritten from the text so far and do not look at the picture. Prefix masking and buffered roll-ins repair that.
 
     policy pi (a VLM), roll-in buffer D = deque()
@@ -17,7 +17,8 @@ corrections are rewritten from the text so far and do not look at the picture. P
         gradient step on  - sum_i A_i * sum over the unmasked tokens of log pi(token)
         D.append(one prefix of each fresh rollout, cut after an attempt that was drawn)
 
-Groups with equal rewards teach nothing and are dropped; so are, as in the release, groups whose mean reward is below 0.01 or above 0.99.
+Groups with equal rewards have no gradient and are dropped; so are, as in the release, groups whose mean reward is below 0.01 or above
+0.99, so that among rollouts that all succeed the small terms of the reward are not learnt.
 "The release" below is the authors' published code, which uses GRPO: it divides by the group's standard deviation (here a
 setting), and has an importance ratio and its clipping (each batch is used for one update, so the ratio is one). README.md
 lists all that differs.
@@ -25,19 +26,21 @@ lists all that differs.
 Read it from top to bottom, in the order in which an episode lives:
      1 settings      config.yaml as dataclasses; a method is a row of settings
      2 task          question, parsing, exact, progress, feedback picture
-     3 policy        the VLM: ids, pictures, cached sampling, log-probs; loading and saving
-     4 episodes      multi-turn rollouts from a question or a roll-in prefix
-     5 reward        outcome and reflection
-     6 roll-ins      the buffer of prefixes, most of them failed
-     7 loss          prefix masking, advantages, REINFORCE
-     8 SFT           the demonstrations that teach the protocol
-     9 RL            the training loop
-    10 evaluation    first and final accuracy, repair, in and out of distribution
-    11 main          the modes of the command line
+     3 conversations pictures, turns, episodes: what was said, as ids
+     4 policy        the VLM: cached reading and sampling, log-probs; loading
+     5 rollouts      multi-turn, from a question or a roll-in prefix
+     6 reward        outcome and reflection
+     7 roll-ins      the buffer of prefixes, most of them failed
+     8 loss          prefix masking, advantages, REINFORCE
+     9 SFT           the demonstrations that teach the protocol
+    10 RL            the training loop
+    11 evaluation    first and final accuracy, repair, in and out of distribution
+    12 main          the modes of the command line
 
 Run `python vrrl.py` for the default run, `python vrrl.py --help` for every setting. The default model, `assets/embedded`
 ("the embedded model"), is a tiny Qwen3-VL for a CPU that has learnt to see and not to solve; `model=` takes a real one.
 """
+import copy
 import dataclasses
 import functools
 import gc
@@ -65,6 +68,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 import data_prep
 from data_prep import Log, Stopped, UserError, device_of, dtype_of, optimizer_for, run_main, save_policy, source_of, write_file
 
+sys.modules.setdefault("vrrl", sys.modules[__name__])  # `python vrrl.py` calls this module __main__; data_prep.py looks for it as vrrl
 transformers.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 
@@ -100,7 +104,7 @@ def read_config(words=(), file=HERE / "config.yaml"):
 
 # ==================== 2. Task =========================================================================
 # A task is a class with SPLITS, lesson, key, load, question, image, parse, exact, progress, same and feedback. Sections 3
-# to 10 never ask which task is running: a new one is a new class, a line in TASKS, and in config.yaml its name, its row and its section.
+# to 11 never ask which task is running: a new one is a new class, a line in TASKS, and in config.yaml its name, its row and its section.
 
 
 class Navigation:
@@ -115,8 +119,8 @@ class Navigation:
 
     def __init__(self, cfg, show=True):
         # Keyed by its settings, so that the data of a smoke run is never taken for the real thing.
-        made = dataclasses.asdict(cfg.nav)
-        folder, self.words = made.pop("folder"), cfg.protocol
+        made, self.words = dataclasses.asdict(cfg.nav), cfg.protocol
+        folder = made.pop("folder")
         self.key = data_prep.key_of(folder or made)  # what of the task decides its demonstrations
         self.folder = Path(folder or Path(cfg.data) / f"navigation-{self.key}")
         if folder:
@@ -133,12 +137,8 @@ class Navigation:
         """The text before the first image, and the text after each feedback image."""
         return self.words.question, self.words.feedback
 
-    @functools.lru_cache(maxsize=1024)
-    def _load(self, name):
-        return data_prep.load_image(self.folder / name)
-
     def image(self, example):
-        return self._load(example["image"])
+        return data_prep.cached_image(self.folder / example["image"])
 
     def parse(self, text):
         """'up, left' -> ("up", "left"); None unless it is one or more moves."""
@@ -199,12 +199,8 @@ class Points:
         """The text before the first image, and the text after each feedback image."""
         return self.cfg.question.replace("{question}", example["question"]), self.cfg.reply
 
-    @functools.lru_cache(maxsize=256)
-    def _load(self, name):
-        return data_prep.load_image(self.folder / name)
-
     def image(self, example):
-        return self._load(example["image"])
+        return data_prep.cached_image(self.folder / example["image"])
 
     def parse(self, text):
         """'3 14', '3, 14' or '(3, 14)' -> (3, 14); None for anything else, or beyond the scale."""
@@ -266,6 +262,9 @@ class Chart(Table):
 
 TASKS = {"navigation": Navigation, "table": Table, "chart": Chart, "points": Points}
 
+# ==================== 3. Conversations ================================================================
+# An episode is a list of turns, and a turn holds the ids that were sampled: nothing is ever decoded and encoded again.
+
 # One assistant turn: an optional THINK, then one ANSWER or one FINAL, nothing else.
 TAGS = ["<THINK>", "</THINK>", "<ANSWER>", "</ANSWER>", "<FINAL>", "</FINAL>"]
 TAG = re.compile(f"({'|'.join(TAGS)})")
@@ -288,8 +287,6 @@ def parse_turn(task, text):
     return ("answer" if answer is not None else "final"), thought, attempt
 
 
-# ==================== 3. Policy =======================================================================
-
 class Picture:
     """An image as the vision tower takes it: resized to whole visual tokens, still 8-bit.
 
@@ -310,282 +307,6 @@ def size_seen(size, processor):
     side, limits = processor.patch_size * processor.merge_size, processor.size
     height, width = smart_resize(size[1], size[0], side, limits["shortest_edge"], limits["longest_edge"])
     return width, height
-
-
-class Context:
-    """A batch of B conversations as far as the model has read them.
-
-    Rows of different length share columns: where a row has no token, `valid` (B, L) is False and
-    attention skips the column. `position` (B,) is the next M-RoPE position; `last` (B, D) the hidden
-    state of each row's last token, which predicts its next one.
-    """
-
-    def __init__(self, rows, device):
-        self.cache = data_prep.KeyValues()  # of every layer; grows in place while sampling
-        self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=device)
-        self.position = torch.zeros(rows, dtype=torch.long, device=device)
-        self.last = None
-
-    def take(self, rows):
-        """Keep these rows, in this order; a row may be taken several times (one prompt, G samples)."""
-        self.cache.take(rows)
-        self.valid, self.position, self.last = (t.index_select(0, rows) for t in (self.valid, self.position, self.last))
-
-
-class Policy:
-    """A Qwen2.5-VL or Qwen3-VL model with its tokenizer and image processor."""
-
-    def __init__(self, model, tokenizer, processor, cfg):
-        self.model, self.tokenizer, self.processor, self.cfg = model, tokenizer, processor, cfg
-        self.temperature = cfg.policy.temperature
-        self.device = next(model.parameters()).device
-        self.mean = torch.tensor(processor.image_mean, device=self.device)
-        self.std = torch.tensor(processor.image_std, device=self.device)
-        self.freeze_vision(False)
-        self.image_id = model.config.image_token_id
-        self.prompt = functools.cache(self.prompt)  # not a decorator, which would keep every Policy alive
-        self.prompt("", "")  # learns from the chat template which token closes a turn: self.end_id
-        # Only plain tokens and the end of the turn can be sampled. A sampled image placeholder would shift
-        # the positions of all that follows; ids beyond the tokenizer's have no text at all.
-        vocab = model.get_output_embeddings().weight.shape[0]
-        banned = {*tokenizer.all_special_ids, self.image_id, *range(len(tokenizer), vocab)} - {self.end_id}
-        self.banned = torch.zeros(vocab, dtype=torch.bool, device=self.device)
-        self.banned[sorted(banned)] = True
-
-    def freeze_vision(self, frozen):
-        """Freeze the vision tower, or train it. Frozen, each picture needs encoding only once for as long as it lives, if there is memory to keep its features."""
-        self.frozen, self.keep = frozen, frozen and self.cfg.policy.keep_pictures
-        self.model.model.visual.requires_grad_(not frozen)
-
-    # ---- words to ids ----------------------------------------------------------------------------
-
-    def encode(self, text):
-        """Token ids; tags apart, since a tokenizer may join '>' with what follows and a forced tag must be the learnt one."""
-        pieces = [p for p in TAG.split(text) if p]
-        return [i for p in pieces for i in self.tokenizer.encode(p, add_special_tokens=False)]
-
-    def decode(self, ids):
-        return self.tokenizer.decode([i for i in ids if i != self.end_id])
-
-    def prompt(self, question, reply):
-        """(ids up to the assistant's first word, ids between two assistant turns), an image being one placeholder.
-
-        question: text of the first user turn, before its image; reply: of a later one, after its image.
-        """
-        words, mark = self.cfg.protocol, "\ue000"  # a private-use character, which no text contains
-        picture = {"type": "image"}
-        text = lambda t: {"type": "text", "text": t}
-        talk = [{"role": "system", "content": [text(words.system)]}] if words.system else []
-        talk += [{"role": "user", "content": [text(question), picture]},
-                 {"role": "assistant", "content": [text(mark)]},
-                 {"role": "user", "content": [picture, text(reply)]}]
-        talk = self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        head, between = talk.split(mark)
-        ids = lambda t: tuple(self.tokenizer.encode(t, add_special_tokens=False))
-        closing, *between = ids(between)  # the model samples the token that closes its turn
-        self.end_id = closing
-        return ids(head), tuple(between)
-
-    def picture(self, image):
-        return Picture(image, self.processor)
-
-    def place(self, ids, picture):
-        """`ids` with the one image placeholder repeated, once for each visual token of `picture`."""
-        at = ids.index(self.image_id)
-        return [*ids[:at], *[self.image_id] * (picture.rows * picture.cols), *ids[at + 1 :]]
-
-    # ---- pictures to vectors ---------------------------------------------------------------------
-
-    def encode_pictures(self, pictures):
-        """Visual tokens of each picture: a list of ((rows * cols, D), its DeepStack features).
-
-        Each distinct picture is encoded once; with a frozen vision tower, once for as long as it lives.
-        """
-        features = {id(q): q.features for q in pictures if self.keep and q.features is not None}
-        distinct = {id(q): q for q in pictures if id(q) not in features}.values()
-        p, m = self.processor.patch_size, self.processor.merge_size
-        size = lambda q: q.pixels.shape
-        for shape, group in itertools.groupby(sorted(distinct, key=size), key=size):
-            group = list(group)
-            most = max(1, min(256, (1 << 22) // (shape[0] * shape[1])))  # pictures a pass
-            for part in (group[i : i + most] for i in range(0, len(group), most)):
-                x = torch.from_numpy(np.stack([q.pixels for q in part])).to(self.device).float() / 255
-                x = ((x - self.mean) / self.std).to(self.model.dtype)
-                # (N, H, W, 3) -> rows of patches in the library's order: merge blocks, then the patches of a block,
-                # each (channel, frame, y, x). A still image counts as two equal frames.
-                n, (height, width, _) = len(part), shape
-                x = x.view(n, height // (p * m), m, p, width // (p * m), m, p, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
-                x = x.unsqueeze(6).expand(*x.shape[:6], self.processor.temporal_patch_size, p, p)
-                x = x.reshape(n * (height // p) * (width // p), -1)
-                grid = torch.tensor([[1, height // p, width // p]] * n, device=x.device)
-                with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-                    out = self.model.model.get_image_features(x, grid, return_dict=True)
-                deep = getattr(out, "deepstack_features", None) or []
-                deep = [d.chunk(n) if torch.is_tensor(d) else d for d in deep]  # older versions of the library leave the pictures together
-                for i, q in enumerate(part):
-                    features[id(q)] = (out.pooler_output[i], [d[i] for d in deep])
-                    if self.keep:
-                        q.features = features[id(q)]
-        return [features[id(q)] for q in pictures]
-
-    # ---- the one primitive: read more of a conversation --------------------------------------------
-
-    def extend(self, context, rows, pictures=()):
-        """Let the model read `rows` (a list of B id lists) after what it has read. Returns hidden states (B, W, D).
-
-        `pictures`: those shown in the rows, in order. Rows are padded on the right with masked columns.
-        """
-        lengths = torch.tensor([len(r) for r in rows], device=self.device)
-        width = int(lengths.max())
-        ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows], device=self.device)
-        column = torch.arange(width, device=self.device)
-        new = column < lengths[:, None]
-        past = context.valid.shape[1]
-        context.valid = torch.cat([context.valid, new], 1)
-        if pictures:
-            grids = iter([(p.rows, p.cols) for p in pictures])
-            steps = [self.positions(r, grids) for r in rows]
-            padded = [np.pad(p, ((0, 0), (0, width - p.shape[1]))) for p, _ in steps]
-            positions = torch.tensor(np.stack(padded, 1), device=self.device)
-            advance = torch.tensor([a for _, a in steps], device=self.device)
-        else:
-            positions, advance = column.expand(3, len(rows), width), lengths
-        embeds = self.model.get_input_embeddings()(ids)
-        extra = {}
-        if pictures:
-            features = self.encode_pictures(pictures)
-            seen = ids.eq(self.image_id) & new
-            embeds = embeds.masked_scatter(seen[..., None], torch.cat([f for f, _ in features]).to(embeds.dtype))
-            if features[0][1]:  # Qwen3-VL adds deeper visual features to its first layers
-                deep = [torch.cat(level) for level in zip(*(d for _, d in features))]
-                extra = {"visual_pos_masks": seen, "deepstack_visual_embeds": deep}
-        mask = context.valid[:, None, None, :]
-        if width > 1:
-            mask = mask & (torch.arange(past + width, device=self.device) <= past + column[:, None])
-        hidden = self.run(context, embeds, mask, positions + context.position[:, None], **extra)
-        context.position = context.position + advance
-        context.last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
-        return hidden
-
-    def run(self, context, embeds, mask, positions, **extra):
-        """The language model on new columns: embeds (B, W, D), mask (B, 1, 1 or W, L + W), positions (3, B, W)."""
-        out = self.model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
-                                              past_key_values=context.cache, use_cache=True, **extra)
-        context.cache.length += embeds.shape[1]  # once, when every layer has added its keys
-        return out.last_hidden_state
-
-    def positions(self, ids, grids):
-        """M-RoPE positions (3, W) of one row, counted from 0, and by how much they advance.
-
-        A text token takes one step on all three axes. An image's tokens keep the time axis and spread over
-        rows and columns; the text after it goes on from the larger side.
-        """
-        parts, start = [], 0
-        for is_image, run in itertools.groupby(ids, key=self.image_id.__eq__):
-            count = sum(1 for _ in run)
-            if is_image:
-                rows, cols = next(grids)
-                at = np.indices((1, rows, cols)).reshape(3, -1)
-                parts.append(at + start)
-                start += max(rows, cols)
-            else:
-                parts.append(np.broadcast_to(np.arange(count) + start, (3, count)))
-                start += count
-        return np.concatenate(parts, 1), start
-
-    def log_softmax(self, hidden):
-        """Log-probs (..., V) of the next token, over the tokens that may be sampled, at the sampling temperature."""
-        logits = self.model.get_output_embeddings()(hidden).float() / self.temperature
-        return logits.masked_fill(self.banned, -torch.inf).log_softmax(-1)
-
-    @torch.no_grad()
-    def sample(self, context, forced, greedy=False, generator=None):
-        """One assistant turn for each row: a list of (token ids, their log-probs), the end token included.
-
-        forced: a list of B id lists; a row's turn starts with these instead of sampled tokens.
-        """
-        size, max_new = len(forced), self.cfg.policy.max_new
-        start = torch.full((size, max_new), -1, device=self.device)
-        for row, ids in enumerate(forced):
-            if ids:
-                start[row, : len(ids)] = torch.tensor(ids, device=self.device)
-        tokens, logps, done = [], [], torch.zeros(size, dtype=torch.bool, device=self.device)
-        for step in range(max_new):
-            logp = self.log_softmax(context.last)
-            if not torch.isfinite(logp.amax()):
-                raise UserError("the policy's log-probs are not finite: lower the learning rate and give run=ANOTHER_NAME")
-            token = logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
-            token = torch.where(start[:, step] >= 0, start[:, step], token)
-            tokens.append(torch.where(done, -1, token))
-            logps.append(logp.gather(1, token[:, None])[:, 0])
-            self.read_token(context, token, ~done)  # the end token too: the feedback comes after it
-            done = done | (token == self.end_id)
-            if done.all():
-                break
-        tokens, logps = torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist()
-        turns = [[t for t in row if t >= 0] for row in tokens]
-        return [(ids, logp[: len(ids)]) for ids, logp in zip(turns, logps)]
-
-    def read_token(self, context, token, new):
-        """`extend` by one token for the rows in `new` (B,), without leaving the device."""
-        context.valid = torch.cat([context.valid, new[:, None]], 1)
-        embeds = self.model.get_input_embeddings()(token)[:, None]
-        positions = context.position[None, :, None].expand(3, -1, 1)
-        hidden = self.run(context, embeds, context.valid[:, None, None, :], positions)[:, 0]
-        context.position = context.position + new
-        context.last = torch.where(new[:, None], hidden, context.last)
-
-    def log_probs(self, episodes):
-        """Log-probs, with gradients, and entropies of the action tokens of Episodes (section 4).
-
-        Returns two lists of (action tokens,) tensors. An opening that several episodes share is read once: rollouts of one
-        start hold the very same objects (see `play`), so their identity tells.
-        """
-        by_opening = {}  # opening -> the first episode that has it
-        shared = [by_opening.setdefault((id(e.question_ids), *map(id, e.replayed)), e) for e in episodes]
-        heads = list(by_opening.values())
-        context = Context(len(heads), self.device)
-        self.extend(context, [e.opening for e in heads], [p for e in heads for p in e.opening_pictures])
-        if len(heads) < len(episodes):
-            head_row = {id(e): n for n, e in enumerate(heads)}
-            context.take(torch.tensor([head_row[id(e)] for e in shared], device=self.device))
-        first, rows = context.last[:, None], [e.rest for e in episodes]
-        hidden = self.extend(context, rows, [p for e in episodes for p in e.rest_pictures])
-        hidden = torch.cat([first, hidden], 1)  # column j now predicts token j of the row
-        at = [(row, column) for row, e in enumerate(episodes) for column, _ in e.actions]
-        row, column = torch.tensor(at, device=self.device).T
-        taken = torch.tensor([rows[r][c] for r, c in at], device=self.device)
-        score = functools.partial(data_prep.in_parts, self.score) if self.cfg.policy.checkpointing else self.score
-        counts = [len(e.actions) for e in episodes]
-        return [found.split(counts) for found in score(hidden[row, column], taken)]  # logits only where the loss looks
-
-    def score(self, hidden, taken):
-        """Log-probs of the tokens taken (N,) and entropies (N,), from the hidden states (N, D) that predict them."""
-        logp = self.log_softmax(hidden)
-        entropy = -(logp.exp() * logp.masked_fill(self.banned, 0)).sum(-1)
-        return logp.gather(1, taken[:, None])[:, 0], entropy.detach()
-
-
-def load_policy(name, cfg):
-    """A Policy from a Hugging Face folder or hub name. UserError if there is none."""
-    device, source = device_of(cfg), source_of(name)
-    try:
-        model, about = transformers.AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype_of(cfg, device), output_loading_info=True,
-            attn_implementation={"text_config": "grouped" if device.type == "cpu" else "sdpa",  # data_prep.grouped_attention, faster on a CPU
-                                 "vision_config": "sdpa"})
-        if lost := sorted(about["missing_keys"]):  # the library would make them up
-            raise UserError(f"its files lack {len(lost)} of the model's tensors, such as {lost[0]}")
-        if cfg.policy.checkpointing:
-            data_prep.checkpoint_layers(model)
-        return Policy(model.to(device).eval(), data_prep.load_tokenizer(source), data_prep.image_processor(source), cfg)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # half a download, another architecture: the libraries raise many kinds
-        raise UserError(f"model={name} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from None
-
-
-# ==================== 4. Episodes =====================================================================
 
 
 @dataclasses.dataclass
@@ -658,6 +379,276 @@ class Episode:
         return found
 
 
+# ==================== 4. Policy =======================================================================
+
+
+class Context:
+    """A batch of B conversations as far as the model has read them.
+
+    Rows of different length share columns: where a row has no token, `valid` (B, L) is False and
+    attention skips the column. `position` (B,) is the next M-RoPE position; `last` (B, D) the hidden
+    state of each row's last token, which predicts its next one.
+    """
+
+    def __init__(self, rows, device):
+        self.cache = data_prep.KeyValues()  # of every layer; grows in place while sampling
+        self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+        self.position = torch.zeros(rows, dtype=torch.long, device=device)
+        self.last = None
+
+    def take(self, rows):
+        """Keep these rows, in this order; a row may be taken several times (one prompt, G samples)."""
+        self.cache.take(rows)
+        self.valid, self.position, self.last = (t.index_select(0, rows) for t in (self.valid, self.position, self.last))
+
+
+class Policy:
+    """A Qwen2.5-VL or Qwen3-VL model with its tokenizer and image processor."""
+
+    def __init__(self, model, tokenizer, processor, cfg):
+        self.model, self.tokenizer, self.processor, self.cfg = model, tokenizer, processor, cfg
+        self.temperature = cfg.policy.temperature
+        self.device = next(model.parameters()).device
+        self.mean = torch.tensor(processor.image_mean, device=self.device)
+        self.std = torch.tensor(processor.image_std, device=self.device)
+        self.freeze_vision(False)
+        self.image_id = model.config.image_token_id
+        self.prompts = {}  # of `prompt`: a few texts, asked for again and again
+        self.end_id = self.template("", "")[1]
+        # Only plain tokens and the end of the turn can be sampled. A sampled image placeholder would shift
+        # the positions of all that follows; ids beyond the tokenizer's have no text at all.
+        vocab = model.get_output_embeddings().weight.shape[0]
+        banned = {*tokenizer.all_special_ids, self.image_id, *range(len(tokenizer), vocab)} - {self.end_id}
+        self.banned = torch.zeros(vocab, dtype=torch.bool, device=self.device)
+        self.banned[sorted(banned)] = True
+
+    def freeze_vision(self, frozen):
+        """Freeze the vision tower, or train it. Frozen, each picture needs encoding only once for as long as it lives, if there is memory to keep its features."""
+        self.frozen, self.keep = frozen, frozen and self.cfg.policy.keep_pictures
+        self.model.model.visual.requires_grad_(not frozen)
+
+    # ---- words to ids ----------------------------------------------------------------------------
+
+    def encode(self, text):
+        """Token ids; tags apart, since a tokenizer may join '>' with what follows and a forced tag must be the learnt one."""
+        pieces = [p for p in TAG.split(text) if p]
+        return [i for p in pieces for i in self.tokenizer.encode(p, add_special_tokens=False)]
+
+    def decode(self, ids):
+        return self.tokenizer.decode([i for i in ids if i != self.end_id])
+
+    def prompt(self, question, reply):
+        """(ids up to the assistant's first word, ids between two assistant turns), an image being one placeholder.
+
+        question: text of the first user turn, before its image; reply: of a later one, after its image.
+        """
+        if (question, reply) not in self.prompts:
+            head, _, between = self.template(question, reply)
+            self.prompts[question, reply] = head, between
+        return self.prompts[question, reply]
+
+    def template(self, question, reply):
+        """What the chat template writes around the assistant's turns: (head, the token that closes a turn, between), as ids."""
+        words, mark = self.cfg.protocol, "\ue000"  # a private-use character, which no text contains
+        picture = {"type": "image"}
+        text = lambda t: {"type": "text", "text": t}
+        talk = [{"role": "system", "content": [text(words.system)]}] if words.system else []
+        talk += [{"role": "user", "content": [text(question), picture]},
+                 {"role": "assistant", "content": [text(mark)]},
+                 {"role": "user", "content": [picture, text(reply)]}]
+        talk = self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        head, between = talk.split(mark)
+        ids = lambda t: tuple(self.tokenizer.encode(t, add_special_tokens=False))
+        closing, *between = ids(between)  # the model samples the token that closes its turn
+        return ids(head), closing, tuple(between)
+
+    def picture(self, image):
+        return Picture(image, self.processor)
+
+    def place(self, ids, picture):
+        """`ids` with the one image placeholder repeated, once for each visual token of `picture`."""
+        at = ids.index(self.image_id)
+        return [*ids[:at], *[self.image_id] * (picture.rows * picture.cols), *ids[at + 1 :]]
+
+    # ---- pictures to vectors ---------------------------------------------------------------------
+
+    def encode_pictures(self, pictures):
+        """Visual tokens of each picture: a list of ((rows * cols, D), its DeepStack features).
+
+        Each distinct picture is encoded once; with a frozen vision tower, once for as long as it lives.
+        """
+        features = {id(q): q.features for q in pictures if self.keep and q.features is not None}
+        distinct = {id(q): q for q in pictures if id(q) not in features}.values()
+        p, m = self.processor.patch_size, self.processor.merge_size
+        size = lambda q: q.pixels.shape
+        for shape, group in itertools.groupby(sorted(distinct, key=size), key=size):
+            group = list(group)
+            most = max(1, min(256, (1 << 22) // (shape[0] * shape[1])))  # pictures a pass
+            for part in (group[i : i + most] for i in range(0, len(group), most)):
+                x = torch.from_numpy(np.stack([q.pixels for q in part])).to(self.device).float() / 255
+                x = ((x - self.mean) / self.std).to(self.model.dtype)
+                # (N, H, W, 3) -> rows of patches in the library's order: merge blocks, then the patches of a block,
+                # each (channel, frame, y, x). A still image counts as two equal frames.
+                n, (height, width, _) = len(part), shape
+                x = x.view(n, height // (p * m), m, p, width // (p * m), m, p, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
+                x = x.unsqueeze(6).expand(*x.shape[:6], self.processor.temporal_patch_size, p, p)
+                x = x.reshape(n * (height // p) * (width // p), -1)
+                grid = torch.tensor([[1, height // p, width // p]] * n, device=x.device)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+                    out = self.model.model.get_image_features(x, grid, return_dict=True)
+                deep = getattr(out, "deepstack_features", None) or []
+                deep = [d.chunk(n) if torch.is_tensor(d) else d for d in deep]  # older versions of the library leave the pictures together
+                for i, q in enumerate(part):
+                    features[id(q)] = (out.pooler_output[i], [d[i] for d in deep])
+                    if self.keep:
+                        q.features = features[id(q)]
+        return [features[id(q)] for q in pictures]
+
+    # ---- the one primitive: read more of a conversation --------------------------------------------
+
+    def extend(self, context, rows, pictures=()):
+        """Let the model read `rows` (a list of B id lists) after what it has read. Returns hidden states (B, W, D).
+
+        `pictures`: those shown in the rows, in order. Rows are padded on the right with masked columns.
+        """
+        lengths = torch.tensor([len(r) for r in rows], device=self.device)
+        width = int(lengths.max())
+        ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows], device=self.device)
+        column = torch.arange(width, device=self.device)
+        new = column < lengths[:, None]
+        past = context.valid.shape[1]
+        context.valid = torch.cat([context.valid, new], 1)
+        positions, advance = column.expand(3, len(rows), width), lengths
+        embeds, extra = self.model.get_input_embeddings()(ids), {}
+        if pictures:
+            grids = iter([(p.rows, p.cols) for p in pictures])
+            steps = [self.positions(r, grids) for r in rows]
+            padded = [np.pad(p, ((0, 0), (0, width - p.shape[1]))) for p, _ in steps]
+            positions = torch.tensor(np.stack(padded, 1), device=self.device)
+            advance = torch.tensor([a for _, a in steps], device=self.device)
+            features = self.encode_pictures(pictures)
+            seen = ids.eq(self.image_id) & new
+            embeds = embeds.masked_scatter(seen[..., None], torch.cat([f for f, _ in features]).to(embeds.dtype))
+            if features[0][1]:  # Qwen3-VL adds deeper visual features to its first layers
+                deep = [torch.cat(level) for level in zip(*(d for _, d in features))]
+                extra = {"visual_pos_masks": seen, "deepstack_visual_embeds": deep}
+        mask = context.valid[:, None, None, :]
+        if width > 1:
+            mask = mask & (torch.arange(past + width, device=self.device) <= past + column[:, None])
+        hidden = self.run(context, embeds, mask, positions + context.position[:, None], **extra)
+        context.position = context.position + advance
+        context.last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
+        return hidden
+
+    def run(self, context, embeds, mask, positions, **extra):
+        """The language model on new columns: embeds (B, W, D), mask (B, 1, 1 or W, L + W), positions (3, B, W)."""
+        out = self.model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
+                                              past_key_values=context.cache, use_cache=True, **extra)
+        context.cache.length += embeds.shape[1]  # the layers only write behind it: it moves once, when all of them have
+        return out.last_hidden_state
+
+    def positions(self, ids, grids):
+        """M-RoPE positions (3, W) of one row, counted from 0, and by how much they advance.
+
+        A text token takes one step on all three axes. An image's tokens keep the time axis and spread over
+        rows and columns; the text after it goes on from the larger side.
+        """
+        parts, start = [], 0
+        for is_image, run in itertools.groupby(ids, key=lambda i: i == self.image_id):
+            count = sum(1 for _ in run)
+            if is_image:
+                rows, cols = next(grids)
+                at = np.indices((1, rows, cols)).reshape(3, -1)
+                parts.append(at + start)
+                start += max(rows, cols)
+            else:
+                parts.append(np.broadcast_to(np.arange(count) + start, (3, count)))
+                start += count
+        return np.concatenate(parts, 1), start
+
+    def log_softmax(self, hidden):
+        """Log-probs (..., V) of the next token, over the tokens that may be sampled, at the sampling temperature."""
+        logits = self.model.get_output_embeddings()(hidden).float() / self.temperature
+        return logits.masked_fill(self.banned, -torch.inf).log_softmax(-1)
+
+    @torch.no_grad()
+    def sample(self, context, forced, greedy=False, generator=None):
+        """One assistant turn for each row: a list of (token ids, their log-probs), the end token included.
+
+        forced: a list of B id lists; a row's turn starts with these instead of sampled tokens.
+        """
+        size, max_new = len(forced), self.cfg.policy.max_new
+        start = torch.full((size, max_new), -1, device=self.device)
+        for row, ids in enumerate(forced):
+            if ids:
+                start[row, : len(ids)] = torch.tensor(ids, device=self.device)
+        tokens, logps, done = [], [], torch.zeros(size, dtype=torch.bool, device=self.device)
+        for step in range(max_new):
+            logp = self.log_softmax(context.last)
+            if not torch.isfinite(logp.amax()):
+                raise UserError("the policy's log-probs are not finite: lower the learning rate and give run=ANOTHER_NAME")
+            token = logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
+            token = torch.where(start[:, step] >= 0, start[:, step], token)
+            tokens.append(torch.where(done, -1, token))
+            logps.append(logp.gather(1, token[:, None])[:, 0])
+            self.read_token(context, token, ~done)  # the end token too: the feedback comes after it
+            done = done | (token == self.end_id)
+            if done.all():
+                break
+        tokens, logps = torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist()
+        turns = [[t for t in row if t >= 0] for row in tokens]
+        return [(ids, logp[: len(ids)]) for ids, logp in zip(turns, logps)]
+
+    def read_token(self, context, token, new):
+        """`extend` by one token for the rows in `new` (B,), without leaving the device."""
+        context.valid = torch.cat([context.valid, new[:, None]], 1)
+        embeds = self.model.get_input_embeddings()(token)[:, None]
+        positions = context.position[None, :, None].expand(3, -1, 1)
+        hidden = self.run(context, embeds, context.valid[:, None, None, :], positions)[:, 0]
+        context.position = context.position + new
+        context.last = torch.where(new[:, None], hidden, context.last)
+
+    def log_probs(self, episodes):
+        """Log-probs, with gradients, and entropies of the action tokens of Episodes.
+
+        Returns two lists of (action tokens,) tensors. An opening that several episodes share is read once: rollouts of one
+        start hold the very same objects (see `play`), so their identity tells.
+        """
+        heads, head_of = {}, []  # {opening: its first episode}; the number of each episode's opening
+        for e in episodes:
+            opening = (id(e.question_ids), *map(id, e.replayed))
+            heads.setdefault(opening, e)
+            head_of.append(list(heads).index(opening))
+        heads = list(heads.values())
+        context = Context(len(heads), self.device)
+        self.extend(context, [e.opening for e in heads], [p for e in heads for p in e.opening_pictures])
+        if len(heads) < len(episodes):
+            context.take(torch.tensor(head_of, device=self.device))
+        first, rows = context.last[:, None], [e.rest for e in episodes]
+        hidden = self.extend(context, rows, [p for e in episodes for p in e.rest_pictures])
+        hidden = torch.cat([first, hidden], 1)  # column j now predicts token j of the row
+        at = [(row, column) for row, e in enumerate(episodes) for column, _ in e.actions]
+        row, column = torch.tensor(at, device=self.device).T
+        taken = torch.tensor([rows[r][c] for r, c in at], device=self.device)
+        score = functools.partial(data_prep.in_parts, self.score) if self.cfg.policy.checkpointing else self.score
+        counts = [len(e.actions) for e in episodes]
+        return [found.split(counts) for found in score(hidden[row, column], taken)]  # logits only where the loss looks
+
+    def score(self, hidden, taken):
+        """Log-probs of the tokens taken (N,) and entropies (N,), from the hidden states (N, D) that predict them."""
+        logp = self.log_softmax(hidden)
+        entropy = -(logp.exp() * logp.masked_fill(self.banned, 0)).sum(-1)
+        return logp.gather(1, taken[:, None])[:, 0], entropy.detach()
+
+
+def load_policy(name, cfg):
+    """A Policy from a Hugging Face folder or hub name. UserError if there is none."""
+    return Policy(*data_prep.load_model(name, cfg), cfg)
+
+
+# ==================== 5. Rollouts =====================================================================
+
+
 def begin(policy, task, example):
     """An episode before its first turn."""
     picture = policy.picture(task.image(example))
@@ -673,15 +664,34 @@ def give_feedback(policy, task, episode, turn, drawn):
     turn.feedback = policy.place(policy.prompt(*task.question(episode.example))[1], turn.picture)
 
 
+def read_turn(policy, task, ids, logps=(), forced=0):
+    """A Turn from its ids; the first `forced` of them were not sampled. A turn cut off before its end token is bad."""
+    text = policy.decode(ids)
+    parsed = parse_turn(task, text) if ids[-1] == policy.end_id else ("bad", None, None)
+    return Turn(ids, [i >= forced for i in range(len(ids))], logps, *parsed, text)
+
+
+def resume(policy, task, example, spoken, force_think=False):
+    """An episode that goes on after given turns, each a list of ids, and the feedback to them."""
+    episode = begin(policy, task, example)
+    for ids in spoken:
+        turn = read_turn(policy, task, ids)
+        give_feedback(policy, task, episode, turn, {})
+        episode.replayed.append(turn)
+    episode.force_think = force_think
+    return episode
+
+
 def well_formed(task, turns, unfinished=False):
     """The protocol: turn 1 is an ANSWER without THINK; each revision has a THINK; no two ANSWERs are the same;
     exactly one FINAL, last, without THINK, repeating the last ANSWER. `unfinished`: the FINAL may still come.
     """
     attempts = []
-    for number, turn in enumerate(turns):
+    for turn in turns:
         if turn.kind == "final":
-            return number == len(turns) - 1 > 0 and turn.thought is None and turn.attempt == attempts[-1]
-        if turn.kind == "bad" or (turn.thought is None) != (number == 0):
+            return turn is turns[-1] and turn.attempt in attempts[-1:] and turn.thought is None
+        needs_think = bool(attempts)
+        if turn.kind == "bad" or needs_think != (turn.thought is not None):
             return False
         if any(task.same(turn.attempt, a) for a in attempts):
             return False
@@ -690,7 +700,7 @@ def well_formed(task, turns, unfinished=False):
 
 
 def solved(task, episode, turn=-1):
-    """Whether the last attempt of an episode, committed or not, is exact; turn=0: the first attempt."""
+    """Whether the last attempt of an episode, committed or not, is exact (turn=0: the first); None where no box is known."""
     return bool(episode.attempts) and task.exact(episode.example, episode.attempts[turn])
 
 
@@ -701,8 +711,6 @@ def play(policy, task, starts, samples, max_turns, generator, greedy=False, trai
     An episode ends at FINAL, at a turn that cannot be parsed, or after `max_turns` fresh turns. In training it
     also ends where it is already malformed: its reward is 0 whatever follows.
     """
-    if not starts:
-        return []
     with torch.no_grad():
         context = Context(len(starts), policy.device)
         policy.extend(context, [s.opening for s in starts], [p for s in starts for p in s.opening_pictures])
@@ -713,9 +721,7 @@ def play(policy, task, starts, samples, max_turns, generator, greedy=False, trai
             forced = [think if e.force_think and number == 1 else [] for e in live]
             going = []
             for row, (ids, logps) in enumerate(policy.sample(context, forced, greedy, generator)):
-                episode, text = live[row], policy.decode(ids)
-                parsed = parse_turn(task, text) if ids[-1] == policy.end_id else ("bad", None, None)
-                turn = Turn(ids, [i >= len(forced[row]) for i in range(len(ids))], logps, *parsed, text)
+                episode, turn = live[row], read_turn(policy, task, ids, logps, len(forced[row]))
                 episode.turns.append(turn)
                 hopeless = training and not well_formed(task, episode.all_turns, unfinished=True)
                 if turn.kind == "answer" and number < max_turns and not hopeless:
@@ -729,7 +735,7 @@ def play(policy, task, starts, samples, max_turns, generator, greedy=False, trai
     return episodes
 
 
-# ==================== 5. Reward =======================================================================
+# ==================== 6. Reward ======================================================================
 
 
 def reward(task, episode, cfg):
@@ -740,6 +746,8 @@ def reward(task, episode, cfg):
         turn limit reached without FINAL, exact or not: 0, or if `unfinished` > 0: unfinished + (1 - unfinished) * reflection
         reflection = clip(sum_t w(p_{t+1} - p_t), 0, 1),  w(d) = d for d >= 0, worse * d for d < 0
 
+    Where `bonus` is above `revision_cost`, failing first and then correcting pays more (up to 1.09 by default) than being right at once
+    (1): a policy may learn to start low, so first attempts are reported with every result.
     p_t in [0, 1] is the progress of attempt t; `worse` below 1 (0.5 in the paper) also pays for going down and up again. Without
     reflection shaping reflection and revisions count 0. `unfinished` is 0 in the paper: a wrong answer that is committed in time
     then pays more than another attempt at the turn limit. Above 0, long conversations that solve nothing pay as well.
@@ -758,30 +766,32 @@ def reward(task, episode, cfg):
     return cfg.form + (1.0 - cfg.form) * reflection
 
 
-# ==================== 6. Roll-in buffer ===============================================================
+# ==================== 7. Roll-in buffer ==============================================================
 
 
 @dataclasses.dataclass
 class RollIn:
-    """A stored prefix: the first turns of an episode up to the decision to commit or to revise, labelled by the last attempt. Pictures are drawn again."""
+    """A stored prefix: the ids of an episode's first turns, up to a decision to commit or to revise, labelled by the last attempt.
+
+    After a wrong attempt the next turn opens with a forced <THINK>, after which only a revision is well formed. So such a roll-in
+    trains the revision and what follows; whether to revise is learnt from fresh episodes and from right prefixes.
+    """
 
     example: dict
-    turns: list
+    turns: list  # a list of ids each; their pictures are drawn again
     right: bool
     step: int  # optimizer step at which it was sampled
 
     def start(self, policy, task):
         """The episode to go on with, as it was when it was cut."""
-        episode = begin(policy, task, self.example)
-        # After a wrong attempt the next turn must open with <THINK>. A FINAL has none, so the policy must revise.
-        episode.replayed, episode.force_think = [dataclasses.replace(t) for t in self.turns], not self.right
-        for turn in episode.replayed:
-            give_feedback(policy, task, episode, turn, {})
-        return episode
+        return resume(policy, task, self.example, self.turns, force_think=not self.right)
 
 
 class RollInBuffer:
-    """First in, first out. Prefixes are on-policy when stored, and stale after `max_age` optimizer steps."""
+    """First in, first out. Prefixes are on-policy when stored, and stale after `max_age` optimizer steps.
+
+    In the default run a step stores some 50 prefixes, so that the deque drops them long before `max_age`.
+    """
 
     def __init__(self, cfg):
         self.cfg, self.entries = cfg, deque(maxlen=cfg.size)
@@ -801,8 +811,7 @@ class RollInBuffer:
             return
         cut = rng.choice(cuts)
         right = task.exact(episode.example, episode.turns[cut - 1].attempt)
-        turns = [dataclasses.replace(t, picture=None, feedback=()) for t in episode.turns[:cut]]
-        self.entries.append(RollIn(episode.example, turns, right, step))
+        self.entries.append(RollIn(episode.example, [t.ids for t in episode.turns[:cut]], right, step))
 
     def draw(self, step, rng):
         """A RollIn, or None while fewer than `start` of the stored prefixes are within `max_age`."""
@@ -814,16 +823,14 @@ class RollInBuffer:
 
     def state(self):
         """The entries as JSON can hold them."""
-        return [[e.example["id"], [[t.ids, t.trained, t.text] for t in e.turns], e.right, e.step] for e in self.entries]
+        return [[e.example["id"], e.turns, e.right, e.step] for e in self.entries]
 
-    def restore(self, state, task, examples):
+    def restore(self, state, examples):
         examples = {e["id"]: e for e in examples}
-        for name, turns, right, step in state:
-            turns = [Turn(ids, trained, (), *parse_turn(task, text), text) for ids, trained, text in turns]
-            self.entries.append(RollIn(examples[name], turns, right, step))
+        self.entries.extend(RollIn(examples[name], *rest) for name, *rest in state)
 
 
-# ==================== 7. Loss =========================================================================
+# ==================== 8. Loss ========================================================================
 
 
 def turn_weights(episode, prefix_mask, rng):
@@ -834,8 +841,8 @@ def turn_weights(episode, prefix_mask, rng):
     Roll-in episodes are not masked: their replayed turns are not trained anyway.
 
     Bias: later actions decide T, so the weight t/T of turn t depends on them. The baseline then does not cancel in the
-    expectation, and each turn of a failing episode is blamed less the longer it gets. For a fixed T the baseline cancels.
-    `random` has the same mean, so the same bias.
+    expectation, and an action's credit, praise or blame, shrinks as its episode gets longer. For a fixed T the baseline
+    cancels. `random` has the same mean, so the same bias.
     """
     total = len(episode.turns)
     if prefix_mask == "none" or episode.replayed:
@@ -880,20 +887,25 @@ def policy_loss(logps, reference, advantage, weights, kl, rollouts):
     return loss / rollouts
 
 
-# ==================== 8. SFT ==========================================================================
+# ==================== 9. SFT =========================================================================
 
 
 def demonstration(policy, task, example):
-    """An SFT trace as an Episode. `loss` says what of a turn is taught: true, all; false, nothing; "think", its THINK without the wrong attempt."""
-    episode = begin(policy, task, example)
-    drawn = {}
-    for turn in example["turns"]:
-        ids = [*policy.encode(turn["text"]), policy.end_id]
-        taught = len(policy.encode(turn["text"].split("<ANSWER>")[0])) if turn["loss"] == "think" else len(ids) * turn["loss"]
-        parsed = parse_turn(task, turn["text"])
-        episode.turns.append(Turn(ids, [i < taught for i in range(len(ids))], (), *parsed, turn["text"]))
-        if parsed[0] == "answer" and turn is not example["turns"][-1]:
-            give_feedback(policy, task, episode, episode.turns[-1], drawn)
+    """An SFT trace as an Episode. `loss` says what of a turn is taught; the wrong attempts of a trace never are:
+
+        <ANSWER>up</ANSWER>                        false: nothing
+        <THINK>hole</THINK><ANSWER>left</ANSWER>   "think": the THINK alone
+        <THINK>short</THINK><ANSWER>down</ANSWER>  true: all
+        <FINAL>down</FINAL>                        true
+    """
+    episode, drawn = begin(policy, task, example), {}
+    for number, given in enumerate(example["turns"], 1):
+        turn = read_turn(policy, task, [*policy.encode(given["text"]), policy.end_id])
+        taught = {True: len(turn.ids), False: 0, "think": len(policy.encode(given["text"].split("<ANSWER>")[0]))}[given["loss"]]
+        turn.trained = [i < taught for i in range(len(turn.ids))]
+        episode.turns.append(turn)
+        if turn.kind == "answer" and number < len(example["turns"]):
+            give_feedback(policy, task, episode, turn, drawn)
     return episode
 
 
@@ -940,14 +952,16 @@ def sft(policy, task, cfg, log):
     # A trace's last turn is a FINAL with the right answer; as an ANSWER, alone, it teaches the first attempt.
     answer = lambda e: {**e, "turns": [{"text": e["turns"][-1]["text"].replace("FINAL", "ANSWER"), "loss": True}]}
     for title, steps, traces in (("first", cfg.sft.first_steps, map(answer, examples)), ("sft", round(cfg.sft.steps * cfg.sft.times), examples)):
-        traces = [demonstration(policy, task, e) for e in traces] if steps else []
+        if not steps:
+            continue
+        traces = [demonstration(policy, task, e) for e in traces]
         if policy.keep:  # now, in one order: rounding depends on which pictures are encoded together
             with torch.no_grad():
                 policy.encode_pictures([p for e in traces for p in (*e.opening_pictures, *e.rest_pictures)])
         supervise(policy, lambda step: items_of(traces, cfg.sft.batch, step, cfg.seed), steps, cfg.sft.lr, title, log)
 
 
-# ==================== 9. RL ===========================================================================
+# ==================== 10. RL =========================================================================
 
 
 def average(values):
@@ -966,27 +980,25 @@ def rl(policy, reference, task, cfg, log):
         reference.freeze_vision(True)
         reference.keep = policy.keep  # the cached visual tokens are common to both only while the policy's vision tower is frozen
     optimizer, buffer, examples, group = optimizer_for(policy), RollInBuffer(cfg.buffer), task.load("train"), cfg.rl.samples
-    restore = lambda state: buffer.restore(state, task, examples)
     at_once = max(1, (cfg.rl.at_once or cfg.rl.questions * group) // group)  # questions
 
     def roll_out(starts, generator):
         parts = (starts[at : at + at_once] for at in range(0, len(starts), at_once))
         return [e for part in parts for e in play(policy, task, part, group, cfg.rl.max_turns, generator, training=True)]
 
-    for step in log.steps("rl", cfg.rl.steps, optimizer, buffer.state, restore):
+    # Counts 1, 2, ... under a progress bar, writes checkpoints between steps, and goes on from the last one after a stop.
+    for step in log.steps("rl", cfg.rl.steps, optimizer, state=buffer.state, restore=lambda state: buffer.restore(state, examples)):
         began = time.time()
         # All that is random in a step hangs on its number alone: a run that was stopped goes on as if it had not been.
         rng, generator = random.Random(f"{cfg.seed} {step}"), torch.Generator(policy.device).manual_seed(1_000_003 * cfg.seed + step)
-        rate = cfg.rl.lr * min(step / WARMUP, 1.0 - 0.9 * (step - WARMUP) / max(1, cfg.rl.steps - WARMUP))
 
-        # --- sample: each question from its start with probability rho, or replaced by a roll-in prefix
+        # --- sample: each question from its start with probability rho, or a stored prefix of another question in its place
         fresh, rolled = [], []
         for example in items_of(examples, cfg.rl.questions, step, cfg.seed):
             rollin = buffer.draw(step, rng) if rng.random() >= cfg.rl.rho else None
             rolled.append(rollin.start(policy, task)) if rollin else fresh.append(begin(policy, task, example))
         fresh, rolled = roll_out(fresh, generator), roll_out(rolled, generator)  # both with the full turn budget
-        episodes = fresh + rolled
-        sampled = time.time()
+        episodes, sampled = fresh + rolled, time.time()
 
         # --- advantages: within each group of rollouts from one start
         rewards = torch.tensor([reward(task, e, cfg.reward) for e in episodes]).view(-1, group)
@@ -995,40 +1007,20 @@ def rl(policy, reference, task, cfg, log):
         mean, spread = rewards.mean(1), rewards.max(1).values - rewards.min(1).values
         kept = [n for n in range(len(rewards)) if spread[n] > 1e-6 and 0.01 < mean[n] < 0.99]
 
-        # --- update: one gradient step on this batch, in micro-batches of rollouts of similar length
-        rows = data_prep.by_length(episodes, kept, group)
-        entropy, divergence, tokens = 0.0, [], 0
-        for at in range(0, len(rows), cfg.rl.micro):
-            part = rows[at : at + cfg.rl.micro]
-            batch = [episodes[i] for i in part]
-            logps, entropies = policy.log_probs(batch)
-            refs = logps  # not looked at unless there is a KL term
-            if reference and (cfg.rl.kl or at == 0):  # without a KL term the divergence is measured on one micro-batch only, the shortest rollouts
-                with torch.no_grad():
-                    refs = reference.log_probs(batch)[0]
-                    divergence.append(kl_terms(torch.cat(logps), torch.cat(refs)).mean().item())
-            weights = [torch.tensor(turn_weights(e, cfg.rl.prefix_mask, rng), device=policy.device) for e in batch]
-            policy_loss(logps, refs, advantage[part], weights, cfg.rl.kl, len(episodes)).backward()
-            entropy += torch.cat(entropies).sum().item()
-            tokens += sum(len(l) for l in logps)
+        # --- update: one gradient step on this batch
+        tokens, entropy, divergence = backward(policy, reference, episodes, data_prep.by_length(episodes, kept, group), advantage, cfg.rl, rng)
+        rate = cfg.rl.lr * min(step / WARMUP, 1.0 - 0.9 * (step - WARMUP) / max(1, cfg.rl.steps - WARMUP))
         norm = optimizer.step(rate, cfg.rl.clip) if kept else 0.0
 
         # --- roll-ins for later steps; in random order, so that the caps favour no question
         for n in rng.sample(range(len(episodes)), len(episodes)):
             buffer.add(task, episodes[n], step, rng)
+
         log.time({"stage": "rl", "step": step, "rollouts": len(episodes), "seconds_sampling": sampled - began,
                   "seconds_update": time.time() - sampled, "sampled_tokens": sum(len(t.ids) for e in episodes for t in e.turns),
                   "trained_tokens": tokens})
-
-        # --- what a collapse would show in
-        log({"stage": "rl", "step": step, "rollouts": step * len(episodes), "reward": rewards.mean().item(),
-             "first": average(solved(task, e, 0) for e in fresh), "final": average(solved(task, e) for e in fresh),
-             "rollin_repair": average(solved(task, e) for e in rolled if e.force_think),
-             "commit": average(e.committed for e in fresh),
-             "well_formed": average(well_formed(task, e.all_turns, cfg.reward.unfinished > 0) for e in episodes),
-             "repeats": average(any(task.same(a, b) for a, b in itertools.combinations(e.attempts, 2)) for e in episodes),
-             "turns": dict(sorted(Counter(len(e.turns) for e in fresh).items())),
-             "entropy": entropy / tokens if tokens else None, "kl": average(divergence), "kept": len(kept) / len(rewards),
+        log({"stage": "rl", "step": step, "rollouts": step * len(episodes), "reward": rewards.mean().item(), **health(task, fresh, rolled, cfg),
+             "entropy": entropy, "kl": divergence, "kept": len(kept) / len(rewards),
              "rollins": len(rolled) / len(episodes), "buffer": len(buffer.entries),
              "buffer_wrong": average(not e.right for e in buffer.entries),
              "buffer_age": average(step - e.step for e in buffer.entries),
@@ -1036,63 +1028,77 @@ def rl(policy, reference, task, cfg, log):
         log.bar.set_postfix(reward=f"{rewards.mean().item():.2f}")
 
 
-# ==================== 10. Evaluation ==================================================================
+def backward(policy, reference, episodes, rows, advantage, cfg, rng):
+    """Adds up the gradient of a batch's loss, a micro-batch at a time; the optimizer's step is still to come.
 
-
-class Probe:
-    """The task with false feedback pictures, `picture(example, attempt)`; exact and progress stay those of the true task."""
-
-    def __init__(self, task, picture):
-        self.task, self.feedback = task, picture
-
-    def __getattr__(self, name):
-        return getattr(self.task, name)
-
-
-def probes(task, failed):
-    """{probe: picture shown after an attempt} for `failed`, a list of (example, its wrong first attempt).
-
-    undrawn: the image without the attempt. other_attempt: the same image with an attempt on another question drawn.
-    other_image: another question's image, with its own attempt drawn. Without another such attempt the probe shows the undrawn
-    picture; without another image, the true one.
+    rows: which episodes, shortest first and in pairs of one group, since a pair reads its opening once. advantage: (episodes,).
+    Returns (tokens trained, their mean entropy, mean KL to the SFT model); without a KL term in the loss the KL is measured on
+    the first micro-batch only, which has the shortest rollouts. cfg: the section `rl`.
     """
-    after = {example["id"]: failed[n + 1 :] + failed[:n] for n, (example, _) in enumerate(failed)}  # those after it, then from the beginning
+    tokens, entropy, divergence, compared = 0, 0.0, 0.0, 0
+    for at in range(0, len(rows), cfg.micro):
+        part = rows[at : at + cfg.micro]
+        batch = [episodes[i] for i in part]
+        logps, entropies = policy.log_probs(batch)
+        refs = [None] * len(batch)
+        if reference and (cfg.kl or at == 0):
+            with torch.no_grad():
+                refs = reference.log_probs(batch)[0]
+                divergence += kl_terms(torch.cat(logps), torch.cat(refs)).sum().item()
+                compared += sum(len(l) for l in logps)
+        weights = [torch.tensor(turn_weights(e, cfg.prefix_mask, rng), device=policy.device) for e in batch]
+        policy_loss(logps, refs, advantage[part], weights, cfg.kl, len(episodes)).backward()
+        entropy += torch.cat(entropies).sum().item()
+        tokens += sum(len(l) for l in logps)
+    return tokens, entropy / tokens if tokens else None, divergence / compared if compared else None
 
-    def other_attempt(example, attempt):
-        others = (other for _, other in after[example["id"]])
-        other = next((o for o in others if not task.same(o, attempt) and not task.exact(example, o)), None)
-        return task.image(example) if other is None else task.feedback(example, other)
 
-    def other_image(example, attempt):
-        return task.feedback(*next((o for o in after[example["id"]] if o[0]["image"] != example["image"]), (example, attempt)))
+def health(task, fresh, rolled, cfg):
+    """What a collapse would show in first, as a part of a line of metrics.jsonl.
 
-    return {"undrawn": lambda example, attempt: task.image(example), "other_attempt": other_attempt, "other_image": other_image}
+    Training ends an episode where it is already malformed, so `first` and `final` are not quite those of an evaluation.
+    """
+    return {"first": average(solved(task, e, 0) for e in fresh), "final": average(solved(task, e) for e in fresh),
+            "rollin_repair": average(solved(task, e) for e in rolled if e.force_think),
+            "commit": average(e.committed for e in fresh),
+            "well_formed": average(well_formed(task, e.all_turns, cfg.reward.unfinished > 0) for e in fresh + rolled),
+            "repeats": average(any(task.same(a, b) for a, b in itertools.combinations(e.attempts, 2)) for e in fresh + rolled),
+            "turns": dict(sorted(Counter(len(e.turns) for e in fresh).items()))}
 
 
-def wrong_start(policy, task, example, ids):
-    """An episode after a given first turn, and the feedback to it."""
-    start, text = begin(policy, task, example), policy.decode(ids)
-    start.replayed = [Turn(ids, [], (), *parse_turn(task, text), text)]
-    give_feedback(policy, task, start, start.replayed[0], {})
-    return start
+# ==================== 11. Evaluation =================================================================
+
+
+def rates(task, episodes, most):
+    """A row of figures from greedy episodes: rates in [0, 1], None where nothing was counted. most: the turn limit.
+
+    What ends in `_by_map` has a character a map (1, 0, - not counted), for paired tests.
+    """
+    first, final = [solved(task, e, 0) for e in episodes], [solved(task, e) for e in episodes]
+    reached = lambda e, turn: solved(task, e, min(turn, len(e.attempts) - 1))
+    return {
+        "n": len(episodes), "first": average(first), "final": average(final),  # the first or the last ANSWER is exact
+        "committed": average(ok and e.committed for ok, e in zip(final, episodes)),  # final, and committed
+        "repair_own": average(ok for ok, was in zip(final, first) if not was),  # final, of those whose first is wrong or no answer
+        "break": average(not ok for ok, was in zip(final, first) if was),  # not final, of those whose first is right
+        "commit": average(e.committed for e in episodes),  # ends in a FINAL that repeats the last ANSWER
+        "turns": average(len(e.turns) for e in episodes),
+        "after_turn": [average(reached(e, turn) for e in episodes) for turn in range(most)],  # final, had it stopped after 1, 2, ... turns
+        "first_by_map": data_prep.bits(first), "final_by_map": data_prep.bits(final)}
 
 
 def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
     """Greedy play, sampled play and repair of given wrong first turns, on every split. Returns (rows, fixed, episodes).
 
-    rows: a dict a split, with rates in [0, 1] (None where nothing was counted). first, final: the first or the last ANSWER is
-    exact; committed: final, and committed; repair_own: final, of those whose first is wrong or no answer; break: final is wrong, of those whose
-    first is right; commit: ends in a FINAL that repeats the last ANSWER; after_turn: final, had it stopped after 1, 2, ... turns. What ends in
-    `_by_map` has a character a map (1, 0, - not counted), for paired tests.
-    fixed: {split: {example id: token ids}}, the SFT model's wrong first turns; n_fixed: how many. Every model that is compared with it
-    repairs these same turns, so that none gains by failing first. Without it the model's own wrong first turns serve. With
-    cfg.eval.probes, repair is also measured under each of `probes`.
+    rows: `rates` a split, with sampled_final and repair_fixed. fixed: {split: {example id: token ids}}, the SFT model's wrong first
+    turns; n_fixed: how many. Every model that is compared with it repairs these same turns, so that none gains by failing first.
+    Without it the model's own wrong first turns serve. With cfg.eval.probes, repair is also measured with the false pictures of `data_prep.probes`.
     episodes: the greedy ones, by split. brief: greedy play only.
     """
     rows, wrong, kept = [], {}, {}
-    splits = [f"{cfg.eval.splits}_{s}" for s in task.SPLITS]
     generator = torch.Generator(policy.device).manual_seed(cfg.seed)
-    bar = tqdm(total=(1 if brief else 6 if cfg.eval.probes else 3) * len(splits), desc=title, unit="pass", dynamic_ncols=True)
+    passes = 1 if brief else 6 if cfg.eval.probes else 3
+    bar = tqdm(total=passes * len(task.SPLITS), desc=title, unit="pass", dynamic_ncols=True)
 
     def run(starts, greedy=True, shown=task):
         episodes = []
@@ -1103,20 +1109,12 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
         bar.update()
         return episodes
 
-    for split, name in zip(splits, task.SPLITS):
-        examples = task.load(split)[: cfg.eval.maps]
+    for name in task.SPLITS:
+        examples = task.load(f"{cfg.eval.splits}_{name}")[: cfg.eval.maps]
         own = kept[name] = run([begin(policy, task, e) for e in examples])
-        first, final = [solved(task, e, 0) for e in own], [solved(task, e) for e in own]
-        wrong[name] = {e.example["id"]: e.turns[0].ids for e, ok in zip(own, first) if e.attempts and not ok}  # what parses can be drawn
-        reached = lambda e, turn: solved(task, e, min(turn, len(e.attempts) - 1))
-        row = {
-            "split": name, "ood": name != "id", "n": len(own), "first": average(first), "final": average(final),
-            "committed": average(ok and e.committed for ok, e in zip(final, own)),
-            "repair_own": average(ok for ok, was in zip(final, first) if not was),
-            "break": average(not ok for ok, was in zip(final, first) if was), "commit": average(e.committed for e in own),
-            "turns": sum(len(e.turns) for e in own) / len(own),
-            "after_turn": [average(reached(e, turn) for e in own) for turn in range(cfg.eval.max_turns)],
-            "first_by_map": data_prep.bits(first), "final_by_map": data_prep.bits(final)}
+        # A first turn that parses can be drawn, and so be repaired.
+        wrong[name] = {e.example["id"]: e.turns[0].ids for e in own if e.attempts and not solved(task, e, 0)}
+        row = {"split": name, "ood": name != "id", **rates(task, own, cfg.eval.max_turns)}
         rows.append(row)
         if drawn := sum("drawn" in example for example in examples):  # the authors' data: those whose PNG was missing
             row["drawn"] = drawn
@@ -1127,10 +1125,12 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
         failed = [e for e in examples if e["id"] in given]
         views = {"fixed": task}
         if cfg.eval.probes:
-            attempts = [wrong_start(policy, task, e, given[e["id"]]).attempts[0] for e in failed]
-            views |= {probe: Probe(task, picture) for probe, picture in probes(task, list(zip(failed, attempts))).items()}
+            attempts = [read_turn(policy, task, given[e["id"]]).attempt for e in failed]
+            for probe, picture in data_prep.probes(task, list(zip(failed, attempts))).items():
+                views[probe] = copy.copy(task)  # the same task, with other pictures for feedback
+                views[probe].feedback = picture
         for probe, view in views.items():
-            played = run([wrong_start(policy, view, e, given[e["id"]]) for e in failed], shown=view)
+            played = run([resume(policy, view, e, [given[e["id"]]]) for e in failed], shown=view)
             repaired = {e.example["id"]: solved(task, e) for e in played}
             row |= {f"repair_{probe}": average(repaired.values()), "n_fixed": len(repaired),
                     f"repair_{probe}_by_map": data_prep.bits(repaired.get(e["id"]) for e in examples)}
@@ -1138,7 +1138,7 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
     return rows, fixed or wrong, kept
 
 
-# ==================== 11. Main ========================================================================
+# ==================== 12. Main =======================================================================
 
 
 APART_FROM_SFT = ("method", "profile", "mode", "run", "runs", "data", "results", "checkpoint", "see", "rl", "reward", "buffer", "eval",
@@ -1208,54 +1208,6 @@ def train(cfg, flat, words, folder):
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def study(cfg, words):
-    """Each method with every seed, each a run that is skipped once it is done; then tables and a figure from the runs' own files.
-
-    The same command in a second terminal takes the cells that the first is not at. A cell is done when its dev.json is there.
-    """
-    task = TASKS[cfg.task](cfg)
-    for name in task.SPLITS:  # the report picks the best other RL method by dev accuracy: without dev splits, fail now, not after hours
-        task.load(f"dev_{name}")
-    run = cfg.run or "study-" + data_prep.study_file(cfg).stem.removeprefix("study_")
-    folder = lambda method, seed: Path(cfg.runs) / run / f"{method}-seed{seed}"
-    methods = list(dict.fromkeys(cfg.study.methods.split()))
-    if not methods:
-        raise UserError('study.methods names no method: study.methods="sft vrrl"')
-    for method in methods:
-        read_config([*words, f"method={method}"])  # UserError if there is no such row
-    cells = list(itertools.product(range(cfg.study.seeds), methods))
-    left = sorted(cells, key=lambda cell: cell[1] != "sft")  # first sft: the others of a seed need its model, and two processes would wait for one
-
-    def report():
-        with data_prep.lock(Path(cfg.runs) / run, wait=True):
-            data_prep.study_report(cfg, [done for s, m in cells if ((done := folder(m, s)) / "dev.json").is_file()])
-
-    while left:
-        for seed, method in list(left):
-            here = folder(method, seed)
-            cell = [*words, "mode=train", f"method={method}", f"seed={seed}", "eval.probes=yes", f"run={run}/{here.name}"]
-            try:
-                main(cell)  # prints its table and does nothing else if it is done; UserError if it has other settings
-                held = data_prep.lock(here)
-            except data_prep.Busy:  # another process is at it
-                continue
-            with held:
-                left.remove((seed, method))
-                print(f"== {method}, seed {seed}: {len(cells) - len(left)} of {len(cells)}", file=sys.stderr)
-                if not (here / "dev.json").is_file():
-                    dev, _ = read_config([*cell, "eval.splits=dev"])
-                    rows, _, _ = evaluate(load_policy(here / "model", dev), task, dev, title="dev", brief=True)
-                    write_file(here / "dev.json", json.dumps(rows) + "\n")
-                    gc.collect()  # policies refer to themselves
-                    report()
-        if left:
-            time.sleep(10)
-        if Stopped.asked:
-            raise Stopped
-    report()
-    print(data_prep.study_text(cfg))
-
-
 def main(words):
     if any(w in ("-h", "--help", "help") for w in words):
         return print(__doc__.split("\n\n")[0] + "\n\nusage: python vrrl.py [key=value ...]\n\n" + data_prep.settings_help())
@@ -1263,7 +1215,7 @@ def main(words):
     torch.set_num_threads(cfg.threads or os.cpu_count())
     device_of(cfg), source_of(cfg.model)  # what is wrong with them is said before any work
     if cfg.mode == "study":
-        return study(cfg, words)
+        return data_prep.study(cfg, words)
     if cfg.image and (cfg.mode != "show" or TASKS[cfg.task] is not Points):
         raise UserError('image= needs mode=show task=points and question="..."')
     if cfg.mode == "train":
