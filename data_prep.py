@@ -15,8 +15,8 @@ Contents
     9. Pictures for people        contact_sheet, film_strip, curves
    10. Reading settings           settings_table, check_value, nest
    11. Files of a run             write_file, Stopped, Log, lock, open_run
-   12. Report                     table, differences, report, study_report
-   13. Real models              Optimizer, KahanOptimizer, checkpoint_layers, check_memory, make_official
+   12. Report and study           table, differences, report, study, study_report
+   13. Real models                Optimizer, KahanOptimizer, checkpoint_layers, check_memory, make_official
 
 A layout is a list of strings of S (start, the elf), F (frozen, safe), H (hole) and G (goal, the
 gift). Cells are (row, column), counted from the top left. `rng` is always a random.Random.
@@ -1892,7 +1892,7 @@ def dtype_of(cfg, device):
     return {"auto": torch.bfloat16 if fast else torch.float32}.get(cfg.policy.dtype) or getattr(torch, cfg.policy.dtype)
 
 
-# ---------------------------------------------------------------- 12. report
+# ---------------------------------------------------------------- 12. report and study
 
 
 def wilson(share, n):

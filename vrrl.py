@@ -30,7 +30,7 @@ Read it from top to bottom, in the order in which an episode lives:
      4 policy        the VLM: cached reading and sampling, log-probs; loading
      5 rollouts      multi-turn, from a question or a roll-in prefix
      6 reward        outcome and reflection
-     7 roll-ins      the buffer of prefixes, most of them failed
+     7 roll-ins      the buffer of prefixes; those drawn from it are mostly failed ones
      8 loss          prefix masking, advantages, REINFORCE
      9 SFT           the demonstrations that teach the protocol
     10 RL            the training loop
@@ -103,7 +103,7 @@ def read_config(words=(), file=HERE / "config.yaml"):
 
 
 # ==================== 2. Task =========================================================================
-# A task is a class with SPLITS, lesson, key, load, question, image, parse, exact, progress, same and feedback. Sections 3
+# A task is a class with SPLITS, lesson, folder, key, load, question, image, parse, exact, progress, same and feedback. Sections 3
 # to 11 never ask which task is running: a new one is a new class, a line in TASKS, and in config.yaml its name, its row and its section.
 
 
@@ -180,11 +180,11 @@ class Points:
     def __init__(self, cfg, show=True):
         self.cfg, self.processor = cfg.points, None if cfg.points.scale else data_prep.image_processor(source_of(cfg.model))
         self.folder, self.records = self.open(cfg, show)
-        decides = {k: v for k, v in dataclasses.asdict(cfg.points).items() if k != "reach"}  # which only the reward looks at
-        self.key = data_prep.key_of([decides, str(self.folder.name), self.records])
+        decides = {k: v for k, v in dataclasses.asdict(cfg.points).items() if k != "reach"}  # all but what only the reward reads
+        self.key = data_prep.key_of([decides, self.folder.name, self.records])
 
     def open(self, cfg, show):
-        """(folder of the images, {split: records}, for those that lie in no file of the folder)."""
+        """(folder of the images, {split: records} of the splits held in memory; others are read from the folder's files)."""
         if cfg.image:
             return Path(cfg.image).parent, {"own": [data_prep.own_question(cfg.image, cfg.question)]}
         return Path(cfg.data).parent, data_prep.own_points(cfg.data, self.cfg.seed, self.cfg.sft_traces, show)
@@ -287,6 +287,13 @@ def parse_turn(task, text):
     return ("answer" if answer is not None else "final"), thought, attempt
 
 
+def size_seen(size, processor):
+    """(width, height) in pixels that an image of this size has when the model sees it."""
+    side, limits = processor.patch_size * processor.merge_size, processor.size
+    height, width = smart_resize(size[1], size[0], side, limits["shortest_edge"], limits["longest_edge"])
+    return width, height
+
+
 class Picture:
     """An image as the vision tower takes it: resized to whole visual tokens, still 8-bit.
 
@@ -299,14 +306,7 @@ class Picture:
             image = image.resize(size, processor.resample)
         self.pixels, side = np.asarray(image), processor.patch_size * processor.merge_size
         self.rows, self.cols = height // side, width // side
-        self.features = None  # its entry of `encode_pictures`, shared by all policies with the same frozen vision tower
-
-
-def size_seen(size, processor):
-    """(width, height) in pixels that an image of this size has when the model sees it."""
-    side, limits = processor.patch_size * processor.merge_size, processor.size
-    height, width = smart_resize(size[1], size[0], side, limits["shortest_edge"], limits["longest_edge"])
-    return width, height
+        self.features = None  # kept by `encode_pictures`, for all policies with the same frozen vision tower
 
 
 @dataclasses.dataclass
@@ -314,7 +314,7 @@ class Turn:
     """One assistant turn, and what the user showed next.
 
     ids: its tokens as sampled, end token included. trained: for each of them, whether it may enter a loss
-    (a forced token may not). logps: recorded while sampling, to check `log_probs` against. feedback: ids of the user's reply, if one followed.
+    (a forced token may not). logps: recorded while sampling; only the tests read them. feedback: ids of the user's reply, if one followed.
     """
 
     ids: list
@@ -337,7 +337,7 @@ class Episode:
     question_picture: Picture
     replayed: list = dataclasses.field(default_factory=list)
     turns: list = dataclasses.field(default_factory=list)
-    force_think: bool = False  # after a wrong attempt: the first fresh turn starts with a forced <THINK>
+    force_think: bool = False  # of roll-ins after a wrong attempt: the first fresh turn starts with a forced <THINK>
 
     @property
     def all_turns(self):
@@ -475,7 +475,7 @@ class Policy:
     def encode_pictures(self, pictures):
         """Visual tokens of each picture: a list of ((rows * cols, D), its DeepStack features).
 
-        Each distinct picture is encoded once; with a frozen vision tower, once for as long as it lives.
+        Each distinct picture is encoded once; with self.keep, once for as long as it lives.
         """
         features = {id(q): q.features for q in pictures if self.keep and q.features is not None}
         distinct = {id(q): q for q in pictures if id(q) not in features}.values()
@@ -544,7 +544,7 @@ class Policy:
         """The language model on new columns: embeds (B, W, D), mask (B, 1, 1 or W, L + W), positions (3, B, W)."""
         out = self.model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
                                               past_key_values=context.cache, use_cache=True, **extra)
-        context.cache.length += embeds.shape[1]  # the layers only write behind it: it moves once, when all of them have
+        context.cache.length += embeds.shape[1]  # every layer writes its new keys from there on, so it moves after the last one
         return out.last_hidden_state
 
     def positions(self, ids, grids):
@@ -630,6 +630,7 @@ class Policy:
         at = [(row, column) for row, e in enumerate(episodes) for column, _ in e.actions]
         row, column = torch.tensor(at, device=self.device).T
         taken = torch.tensor([rows[r][c] for r, c in at], device=self.device)
+        # With checkpointing the logits are made a part at a time, and again in the backward pass.
         score = functools.partial(data_prep.in_parts, self.score) if self.cfg.policy.checkpointing else self.score
         counts = [len(e.actions) for e in episodes]
         return [found.split(counts) for found in score(hidden[row, column], taken)]  # logits only where the loss looks
@@ -652,7 +653,8 @@ def load_policy(name, cfg):
 def begin(policy, task, example):
     """An episode before its first turn."""
     picture = policy.picture(task.image(example))
-    return Episode(example, policy.place(policy.prompt(*task.question(example))[0], picture), picture)
+    head, _ = policy.prompt(*task.question(example))
+    return Episode(example, policy.place(head, picture), picture)
 
 
 def give_feedback(policy, task, episode, turn, drawn):
@@ -661,7 +663,8 @@ def give_feedback(policy, task, episode, turn, drawn):
     if key not in drawn:
         drawn[key] = policy.picture(task.feedback(episode.example, turn.attempt))
     turn.picture = drawn[key]
-    turn.feedback = policy.place(policy.prompt(*task.question(episode.example))[1], turn.picture)
+    _, between = policy.prompt(*task.question(episode.example))
+    turn.feedback = policy.place(between, turn.picture)
 
 
 def read_turn(policy, task, ids, logps=(), forced=0):
@@ -699,9 +702,9 @@ def well_formed(task, turns, unfinished=False):
     return unfinished
 
 
-def solved(task, episode, turn=-1):
-    """Whether the last attempt of an episode, committed or not, is exact (turn=0: the first); None where no box is known."""
-    return bool(episode.attempts) and task.exact(episode.example, episode.attempts[turn])
+def solved(task, episode, which=-1):
+    """Whether the last attempt (which=0: the first) is exact, committed or not; False without an attempt."""
+    return bool(episode.attempts) and task.exact(episode.example, episode.attempts[which])
 
 
 def play(policy, task, starts, samples, max_turns, generator, greedy=False, training=False):
@@ -814,7 +817,7 @@ class RollInBuffer:
         self.entries.append(RollIn(episode.example, [t.ids for t in episode.turns[:cut]], right, step))
 
     def draw(self, step, rng):
-        """A RollIn, or None while fewer than `start` of the stored prefixes are within `max_age`."""
+        """A RollIn, or None while fewer than `start` of the stored prefixes are within `max_age`. Where none has the label drawn, any of them."""
         young = [e for e in self.entries if step - e.step <= self.cfg.max_age]
         if len(young) < self.cfg.start:
             return None
@@ -856,7 +859,10 @@ def turn_weights(episode, prefix_mask, rng):
 
 
 def advantages(rewards, std_norm=False):
-    """A_i = R_i - mean of the others in its group = G/(G-1) (R_i - mean of all). rewards (N, G) -> (N, G)."""
+    """A_i = R_i - mean of the others in its group = G/(G-1) (R_i - mean of all). rewards (N, G) -> (N, G).
+
+    std_norm: divided by the group's standard deviation as well.
+    """
     group = rewards.shape[1]
     centred = (rewards - rewards.mean(1, keepdim=True)) * group / (group - 1)
     return centred / (rewards.std(1, keepdim=True) + 1e-6) if std_norm else centred
@@ -875,8 +881,9 @@ def policy_loss(logps, reference, advantage, weights, kl, rollouts):
 
         L = 1/N sum_i [ - A_i sum_t m_it log pi(a_it)  +  kl * sum_t (r_it - log r_it - 1) ],  r = pi_SFT / pi
 
-    logps, reference, weights: one (tokens,) tensor an episode; advantage: (episodes,). N is the number of rollouts
-    sampled, kept or not: it must not depend on the mask, or `expected` would no longer be the average of `random`.
+    logps, reference, weights: one (tokens,) tensor an episode, reference being looked at only with a KL term; advantage: (episodes,).
+    N, the number of rollouts sampled, divides, not the number of unmasked tokens: a divisor that depends on k would make the
+    average of `random` differ from `expected`.
     The KL term holds on all sampled tokens of the kept groups: otherwise masked turns could drift freely.
     """
     loss = 0.0
@@ -901,7 +908,8 @@ def demonstration(policy, task, example):
     episode, drawn = begin(policy, task, example), {}
     for number, given in enumerate(example["turns"], 1):
         turn = read_turn(policy, task, [*policy.encode(given["text"]), policy.end_id])
-        taught = {True: len(turn.ids), False: 0, "think": len(policy.encode(given["text"].split("<ANSWER>")[0]))}[given["loss"]]
+        think = policy.encode(given["text"].split("<ANSWER>")[0])
+        taught = len(think) if given["loss"] == "think" else len(turn.ids) if given["loss"] else 0
         turn.trained = [i < taught for i in range(len(turn.ids))]
         episode.turns.append(turn)
         if turn.kind == "answer" and number < len(example["turns"]):
@@ -978,7 +986,7 @@ def rl(policy, reference, task, cfg, log):
     policy.freeze_vision(cfg.rl.freeze_vision)
     if reference:
         reference.freeze_vision(True)
-        reference.keep = policy.keep  # the cached visual tokens are common to both only while the policy's vision tower is frozen
+        reference.keep = policy.keep  # memory: features are worth keeping only where both models use them
     optimizer, buffer, examples, group = optimizer_for(policy), RollInBuffer(cfg.buffer), task.load("train"), cfg.rl.samples
     at_once = max(1, (cfg.rl.at_once or cfg.rl.questions * group) // group)  # questions
 
@@ -996,7 +1004,10 @@ def rl(policy, reference, task, cfg, log):
         fresh, rolled = [], []
         for example in items_of(examples, cfg.rl.questions, step, cfg.seed):
             rollin = buffer.draw(step, rng) if rng.random() >= cfg.rl.rho else None
-            rolled.append(rollin.start(policy, task)) if rollin else fresh.append(begin(policy, task, example))
+            if rollin:
+                rolled.append(rollin.start(policy, task))
+            else:
+                fresh.append(begin(policy, task, example))
         fresh, rolled = roll_out(fresh, generator), roll_out(rolled, generator)  # both with the full turn budget
         episodes, sampled = fresh + rolled, time.time()
 
@@ -1032,7 +1043,7 @@ def backward(policy, reference, episodes, rows, advantage, cfg, rng):
     """Adds up the gradient of a batch's loss, a micro-batch at a time; the optimizer's step is still to come.
 
     rows: which episodes, shortest first and in pairs of one group, since a pair reads its opening once. advantage: (episodes,).
-    Returns (tokens trained, their mean entropy, mean KL to the SFT model); without a KL term in the loss the KL is measured on
+    Returns (action tokens read, masked ones included; their mean entropy; mean KL to the SFT model). Without a KL term in the loss the KL is measured on
     the first micro-batch only, which has the shortest rollouts. cfg: the section `rl`.
     """
     tokens, entropy, divergence, compared = 0, 0.0, 0.0, 0
@@ -1075,7 +1086,7 @@ def rates(task, episodes, most):
     What ends in `_by_map` has a character a map (1, 0, - not counted), for paired tests.
     """
     first, final = [solved(task, e, 0) for e in episodes], [solved(task, e) for e in episodes]
-    reached = lambda e, turn: solved(task, e, min(turn, len(e.attempts) - 1))
+    reached = lambda e, turn: solved(task, e, min(turn, len(e.attempts) - 1))  # attempt t is turn t; who stops keeps the last one
     return {
         "n": len(episodes), "first": average(first), "final": average(final),  # the first or the last ANSWER is exact
         "committed": average(ok and e.committed for ok, e in zip(final, episodes)),  # final, and committed
@@ -1091,13 +1102,13 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
     """Greedy play, sampled play and repair of given wrong first turns, on every split. Returns (rows, fixed, episodes).
 
     rows: `rates` a split, with sampled_final and repair_fixed. fixed: {split: {example id: token ids}}, the SFT model's wrong first
-    turns; n_fixed: how many. Every model that is compared with it repairs these same turns, so that none gains by failing first.
-    Without it the model's own wrong first turns serve. With cfg.eval.probes, repair is also measured with the false pictures of `data_prep.probes`.
+    turns; n_fixed: how many. All models that are compared repair these same turns, so that none gains by failing first.
+    Without them the model's own wrong first turns serve. With cfg.eval.probes, repair is also measured with the false pictures of `data_prep.probes`.
     episodes: the greedy ones, by split. brief: greedy play only.
     """
     rows, wrong, kept = [], {}, {}
     generator = torch.Generator(policy.device).manual_seed(cfg.seed)
-    passes = 1 if brief else 6 if cfg.eval.probes else 3
+    passes = 1 if brief else 6 if cfg.eval.probes else 3  # greedy; sampled; repair with true pictures; with each of three false ones
     bar = tqdm(total=passes * len(task.SPLITS), desc=title, unit="pass", dynamic_ncols=True)
 
     def run(starts, greedy=True, shown=task):
@@ -1116,8 +1127,8 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
         wrong[name] = {e.example["id"]: e.turns[0].ids for e in own if e.attempts and not solved(task, e, 0)}
         row = {"split": name, "ood": name != "id", **rates(task, own, cfg.eval.max_turns)}
         rows.append(row)
-        if drawn := sum("drawn" in example for example in examples):  # the authors' data: those whose PNG was missing
-            row["drawn"] = drawn
+        if ours := sum("drawn" in example for example in examples):  # the authors' data: pictures drawn here, their PNG being absent
+            row["drawn"] = ours
         if brief:
             continue
         row["sampled_final"] = average(solved(task, e) for e in run([begin(policy, task, e) for e in examples], greedy=False))
@@ -1129,11 +1140,11 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
             for probe, picture in data_prep.probes(task, list(zip(failed, attempts))).items():
                 views[probe] = copy.copy(task)  # the same task, with other pictures for feedback
                 views[probe].feedback = picture
-        for probe, view in views.items():
+        for name_of_view, view in views.items():
             played = run([resume(policy, view, e, [given[e["id"]]]) for e in failed], shown=view)
             repaired = {e.example["id"]: solved(task, e) for e in played}
-            row |= {f"repair_{probe}": average(repaired.values()), "n_fixed": len(repaired),
-                    f"repair_{probe}_by_map": data_prep.bits(repaired.get(e["id"]) for e in examples)}
+            row |= {f"repair_{name_of_view}": average(repaired.values()), "n_fixed": len(repaired),
+                    f"repair_{name_of_view}_by_map": data_prep.bits(repaired.get(e["id"]) for e in examples)}
     bar.close()
     return rows, fixed or wrong, kept
 
@@ -1142,7 +1153,7 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
 
 
 APART_FROM_SFT = ("method", "profile", "mode", "run", "runs", "data", "results", "checkpoint", "see", "rl", "reward", "buffer", "eval",
-                  "study", "nav", "points", "image", "question")  # a task's own settings come in by its key
+                  "study", "nav", "points", "image", "question")  # do not change the SFT model; those of a task come in by task.key
 
 
 def sft_model(cfg, flat, task):
