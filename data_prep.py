@@ -503,7 +503,7 @@ def load_image(path):
         raise UserError(f"{path}: not a usable image ({error})".replace("\n", " ")) from None
 
 
-cached_image = functools.lru_cache(maxsize=1024)(load_image)   # for the pictures of a data folder, which do not change
+cached_image = functools.lru_cache(maxsize=256)(load_image)   # for the pictures of a data folder, which do not change; a split of 250 fits
 
 
 # ---------------------------------------------------------------- 5. making the data
