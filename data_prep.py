@@ -2097,13 +2097,11 @@ def seed_difference(new, old, key, against=None, samples=2000):
     seeds, splits = sorted({r["seed"] for r, _ in pairs}), sorted({r["split"] for r, _ in pairs})
     gaps = {s: np.stack([outcomes(r[key]) - outcomes(o[against]) for seed in seeds for r, o in pairs if (r["seed"], r["split"]) == (seed, s)])
             for s in splits}  # (seeds, maps)
-    found = np.full((samples, len(splits)), np.nan)
+    draws = [(rng.integers(len(seeds), size=len(seeds)), [rng.integers(gap.shape[1], size=gap.shape[1]) for gap in gaps.values()]) for _ in range(samples)]
+    chosen = np.stack([seeds_drawn for seeds_drawn, _ in draws])[:, :, None]  # (samples, seeds, 1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a draw without any counted map
-        for n in range(samples):
-            chosen = rng.integers(len(seeds), size=len(seeds))
-            for i, gap in enumerate(gaps.values()):
-                found[n, i] = np.nanmean(gap[chosen][:, rng.integers(gap.shape[1], size=gap.shape[1])])
+        found = np.stack([np.nanmean(gap[chosen, np.stack([maps[i] for _, maps in draws])[:, None]], (1, 2)) for i, gap in enumerate(gaps.values())], 1)
         means = np.nanmean(found, 1)
         middle = np.nanmean([np.nanmean(gap) for gap in gaps.values()])
         low, high = np.nanpercentile(means, [2.5, 97.5])

@@ -2407,16 +2407,25 @@ def run_until(words, folder, stage, number, step):
     return run.returncode, err
 
 
+def stop_words(home):
+    return ["profile=smoke", f"model={home / 'model'}", f"data={home / 'data'}", "device=cpu", "threads=1", "buffer.start=1", "rl.steps=8", "sft.steps=1",
+            "sft.first_steps=0", "eval.maps=3", "checkpoint=86400", "run=x"]
+
+
+@pytest.fixture(scope="module")
+def whole(smoke, home, tmp_path_factory):
+    """The run folder of `stop_words`, not stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert subprocess.run(command(*stop_words(home), f"runs={folder}"), cwd=folder, capture_output=True, timeout=100).returncode == 0
+    return folder / "x"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_and_sigterm_save_first_and_the_same_command_goes_on(smoke, home, tmp_path, number):
-    words = ["profile=smoke", f"model={home / 'model'}", f"data={home / 'data'}", "device=cpu", "threads=1", "buffer.start=1", "rl.steps=12", "sft.steps=1",
-             "sft.first_steps=0", "checkpoint=86400"]
-    whole, stopped = tmp_path / "whole" / "x", tmp_path / "stopped" / "x"
-    assert subprocess.run(command(*words, f"runs={whole.parent}", "run=x"), cwd=tmp_path, capture_output=True, timeout=100).returncode == 0
-    stopped.parent.mkdir()
-    code, err = run_until([*words, f"runs={stopped.parent}", "run=x"], stopped, "rl", number, 2)
+def test_ctrl_c_and_sigterm_save_first_and_the_same_command_goes_on(whole, home, tmp_path, number):
+    words, stopped = [*stop_words(home), f"runs={tmp_path}"], tmp_path / "x"
+    code, err = run_until(words, stopped, "rl", number, 2)
     assert code == 130 and "the same command goes on" in err and list((stopped / "checkpoints").glob("rl-*")), err
-    assert subprocess.run(command(*words, f"runs={stopped.parent}", "run=x"), cwd=tmp_path, capture_output=True, timeout=100).returncode == 0
+    assert subprocess.run(command(*words), cwd=tmp_path, capture_output=True, timeout=100).returncode == 0
     for name in DECIDED:
         assert (stopped / name).read_bytes() == (whole / name).read_bytes(), name
     assert json.loads((stopped / "run.json").read_text())["resumed"]
