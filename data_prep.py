@@ -1643,6 +1643,12 @@ def shown(allowed):
     return allowed.replace("..", " to ").replace("|", ", ")
 
 
+def of_method(words, method):
+    """`words` for one method: its row comes after them, so that `rl.rho=0.8` in a study leaves plain RL without roll-ins."""
+    row = settings_table()[1]["methods"][method]
+    return [*words, f"method={method}", *(f"{key}={str(value).lower()}" for key, value in row.items())]
+
+
 def key_of(values):
     """A short name for a dict of settings: what they decide is kept under it."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
@@ -2007,7 +2013,7 @@ def study(cfg, words):
     while left:
         for seed, method in list(left):
             here = folder(method, seed)
-            cell = [*words, "mode=train", f"method={method}", f"seed={seed}", "eval.probes=yes", f"run={run}/{here.name}"]
+            cell = [*of_method(words, method), "mode=train", f"seed={seed}", "eval.probes=yes", f"run={run}/{here.name}"]
             try:
                 vrrl.main(cell)  # prints its table and does nothing else if it is done; UserError if it has other settings
                 held = lock(here)

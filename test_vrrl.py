@@ -1549,10 +1549,19 @@ def test_a_study_holds_every_method_and_split_and_how_it_was_made(studied, task)
     assert [(r["method"], r["split"]) for r in found["rows"]] == [(m, s) for m in methods for s in task.SPLITS]
     needed = {"task", "method", "seed", "split", "ood", "n", "first", "final", "sampled_final", "repair_own", "repair_fixed", "repair_undrawn", "break", "commit", "turns",
               "dev_final", "after_turn"}
-    assert all(needed <= set(row) for row in found["rows"]) and found["about"]["settings"]["rl.steps"] is not None
+    assert all(needed <= set(row) for row in found["rows"]) and found["about"]["settings"]["rl.lr"] is not None
     assert [c["method"] for c in found["about"]["cells"]] == methods and found["about"]["methods"]["rl"]["reward.reflection"] is False
     text = (results / "study_navigation-smoke.md").read_text()
     assert all(f"| {m} |" in text for m in methods) and (results / "study_navigation-smoke.png").stat().st_size > 1000
+
+
+def test_words_of_a_study_do_not_change_what_tells_the_methods_apart(studied):
+    words, results = studied  # with rl.steps=1
+    made = json.loads((results / "study_navigation-smoke.json").read_text())["about"]["methods"]
+    assert made["sft"]["rl.steps"] == made["sft_long"]["rl.steps"] == 0 and made["vrrl"]["rl.steps"] == 1
+    given = {m: vrrl.read_config(data_prep.of_method(["rl.rho=0.3", "sft.times=5", "reward.reflection=no", "seed=4"], m))[0] for m in ("sft", "sft_long", "rl", "vrrl")}
+    assert [g.rl.rho for g in given.values()] == [0.3, 0.3, 1.0, 0.3] and [g.sft.times for g in given.values()] == [1.0, 2.0, 5.0, 5.0]
+    assert given["vrrl"].reward.reflection and not given["rl"].reward.reflection and given["rl"].seed == 4
 
 
 def test_a_study_skips_what_is_done_and_says_so_where_settings_differ(studied, monkeypatch):

@@ -1,4 +1,4 @@
-"""VRRL in one file: visually grounded self-reflection for vision-language models, learnt by reinforcement learning.
+"""VRRL, the whole algorithm: visually grounded self-reflection for vision-language models, learnt by reinforcement learning.
 
 The idea (Tang, Yin, Durrett, arXiv 2607.02490). A vision-language model answers a question about an image, is shown
 its answer *drawn on the image*, and then either commits to it or corrects it. Trained with plain RL, models learn to
@@ -15,10 +15,10 @@ corrections are rewritten from the text so far and do not look at the picture. P
             A_i = R_i - mean of the other G-1 rewards    (REINFORCE with a leave-one-out baseline)
             prefix masking (fresh starts only): k ~ U{1..T}, T its turns; turns before k leave the loss, so that it is about recovery
         gradient step on  - sum_i A_i * sum over the unmasked tokens of log pi(token)
-        D.append(one prefix of each fresh rollout, cut after an attempt that was drawn)
+        D.append(at most one prefix of each fresh rollout, cut after an attempt that was drawn)
 
-Groups with equal rewards have no gradient and are dropped; so are, as in the release, groups whose mean reward is below 0.01 or above
-0.99, so that among rollouts that all succeed the small terms of the reward are not learnt.
+Groups with equal rewards have no policy gradient and are dropped; so are, as in the release, groups whose mean reward is below 0.01 or above
+0.99: mostly groups that all succeed, whose rewards differ only by the small terms.
 "The release" below is the authors' published code, which uses GRPO: it divides by the group's standard deviation (here a
 setting), and has an importance ratio and its clipping (each batch is used for one update, so the ratio is one). README.md
 lists all that differs.
@@ -37,6 +37,7 @@ Read it from top to bottom, in the order in which an episode lives:
     11 evaluation    first and final accuracy, repair, in and out of distribution
     12 main          the modes of the command line
 
+`data_prep.py` has what can be read later: making and drawing data, the cache and the attention for a CPU, optimizers, checkpoints, logs and reports.
 Run `python vrrl.py` for the default run, `python vrrl.py --help` for every setting. The default model, `assets/embedded`
 ("the embedded model"), is a tiny Qwen3-VL for a CPU that has learnt to see and not to solve; `model=` takes a real one.
 """
@@ -80,6 +81,7 @@ HERE = Path(__file__).resolve().parent
 
 def read_config(words=(), file=HERE / "config.yaml"):
     """Settings from config.yaml, then the rows of the task, the profile and the method, a protocol file, and `key=value` words; the later wins.
+    (In a study the method's row comes last: `data_prep.of_method`.)
 
     Returns (cfg, flat): a frozen dataclass, and the same as {"rl.steps": 75, ...}. Raises UserError.
     """
@@ -114,7 +116,7 @@ class Navigation:
     Test splits: `id`, in distribution; `size`, larger grids; `look`, tiles and colours never trained on; `both`.
     """
 
-    SPLITS = ("id", "size", "look", "both")  # id: in distribution
+    SPLITS = ("id", "size", "look", "both")
     lesson = staticmethod(data_prep.see_talk)  # what the embedded model sees before it learns the task
 
     def __init__(self, cfg, show=True):
@@ -168,7 +170,8 @@ class Navigation:
 
 
 class Points:
-    """Visual grounding: point into a box of the image. Here on one's own data: `data=FILE`, a JSONL of image, question and box.
+    """Visual grounding: point into a box of the image. Used as it is for one's own data, `data=FILE`, a JSONL of image, question and box;
+    Table and Chart only say where other data come from.
 
     An attempt is (x, y), two integers in the model's own convention: from 0 to `points.scale` along each side of the image, or
     with scale 0 pixels of the image as the model sees it. Feedback is the image, or a crop of it, with the point drawn.
@@ -209,7 +212,7 @@ class Points:
         return attempt if attempt and max(attempt) <= (self.cfg.scale or data_prep.MAX_SIDE) else None
 
     def ends(self, example):
-        """How far coordinates run along each side: the model's convention is chosen here alone."""
+        """How far coordinates run along each side, in the model's own convention."""
         return (self.cfg.scale, self.cfg.scale) if self.cfg.scale else size_seen(example["size"], self.processor)
 
     def pixel(self, example, attempt):
@@ -306,15 +309,16 @@ class Picture:
             image = image.resize(size, processor.resample)
         self.pixels, side = np.asarray(image), processor.patch_size * processor.merge_size
         self.rows, self.cols = height // side, width // side
-        self.features = None  # kept by `encode_pictures`, for all policies with the same frozen vision tower
+        self.features = None  # kept by `encode_pictures` if Policy.keep; policies that share pictures must have equal vision towers, as in `rl`
 
 
 @dataclasses.dataclass
 class Turn:
     """One assistant turn, and what the user showed next.
 
-    ids: its tokens as sampled, end token included. trained: for each of them, whether it may enter a loss
-    (a forced token may not). logps: recorded while sampling; only the tests read them. feedback: ids of the user's reply, if one followed.
+    ids: its tokens as sampled, with the end token unless the turn was cut off at policy.max_new. trained: for each of them, whether it may enter
+    a loss (a forced token may not); looked at in fresh turns only. logps: recorded while sampling; only the tests read them. feedback: ids of the
+    user's reply, with `picture`, the attempt drawn; both are empty if the episode ended here.
     """
 
     ids: list
@@ -337,7 +341,7 @@ class Episode:
     question_picture: Picture
     replayed: list = dataclasses.field(default_factory=list)
     turns: list = dataclasses.field(default_factory=list)
-    force_think: bool = False  # of roll-ins after a wrong attempt: the first fresh turn starts with a forced <THINK>
+    force_think: bool = False  # of roll-ins after a wrong attempt: the first fresh turn starts with a forced <THINK>, so that it cannot commit (see RollIn)
 
     @property
     def all_turns(self):
@@ -391,7 +395,7 @@ class Context:
     """
 
     def __init__(self, rows, device):
-        self.cache = data_prep.KeyValues()  # of every layer; grows in place while sampling
+        self.cache = data_prep.KeyValues()  # of every layer; written in place while sampling, but joined where gradients flow, back through it as well
         self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=device)
         self.position = torch.zeros(rows, dtype=torch.long, device=device)
         self.last = None
@@ -413,7 +417,7 @@ class Policy:
         self.std = torch.tensor(processor.image_std, device=self.device)
         self.freeze_vision(False)
         self.image_id = model.config.image_token_id
-        self.prompts = {}  # of `prompt`: a few texts, asked for again and again
+        self.prompts = {}  # of `prompt`, which is asked for the same texts again and again
         self.end_id = self.template("", "")[1]
         # Only plain tokens and the end of the turn can be sampled. A sampled image placeholder would shift
         # the positions of all that follows; ids beyond the tokenizer's have no text at all.
@@ -533,7 +537,7 @@ class Policy:
                 deep = [torch.cat(level) for level in zip(*(d for _, d in features))]
                 extra = {"visual_pos_masks": seen, "deepstack_visual_embeds": deep}
         mask = context.valid[:, None, None, :]
-        if width > 1:
+        if width > 1:  # a new column sees what came before, and the new ones up to itself
             mask = mask & (torch.arange(past + width, device=self.device) <= past + column[:, None])
         hidden = self.run(context, embeds, mask, positions + context.position[:, None], **extra)
         context.position = context.position + advance
@@ -573,7 +577,7 @@ class Policy:
 
     @torch.no_grad()
     def sample(self, context, forced, greedy=False, generator=None):
-        """One assistant turn for each row: a list of (token ids, their log-probs), the end token included.
+        """One assistant turn for each row: a list of (token ids, their log-probs), with the end token unless cut off at policy.max_new.
 
         forced: a list of B id lists; a row's turn starts with these instead of sampled tokens.
         """
@@ -614,16 +618,15 @@ class Policy:
         Returns two lists of (action tokens,) tensors. An opening that several episodes share is read once: rollouts of one
         start hold the very same objects (see `play`), so their identity tells.
         """
-        heads, head_of = {}, []  # {opening: its first episode}; the number of each episode's opening
+        openings, opening_of = {}, []  # {opening: its first episode}; the number of each episode's opening
         for e in episodes:
             opening = (id(e.question_ids), *map(id, e.replayed))
-            heads.setdefault(opening, e)
-            head_of.append(list(heads).index(opening))
-        heads = list(heads.values())
-        context = Context(len(heads), self.device)
+            openings.setdefault(opening, e)
+            opening_of.append(list(openings).index(opening))
+        heads, context = list(openings.values()), Context(len(openings), self.device)
         self.extend(context, [e.opening for e in heads], [p for e in heads for p in e.opening_pictures])
         if len(heads) < len(episodes):
-            context.take(torch.tensor(head_of, device=self.device))
+            context.take(torch.tensor(opening_of, device=self.device))
         first, rows = context.last[:, None], [e.rest for e in episodes]
         hidden = self.extend(context, rows, [p for e in episodes for p in e.rest_pictures])
         hidden = torch.cat([first, hidden], 1)  # column j now predicts token j of the row
@@ -727,7 +730,7 @@ def play(policy, task, starts, samples, max_turns, generator, greedy=False, trai
                 episode, turn = live[row], read_turn(policy, task, ids, logps, len(forced[row]))
                 episode.turns.append(turn)
                 hopeless = training and not well_formed(task, episode.all_turns, unfinished=True)
-                if turn.kind == "answer" and number < max_turns and not hopeless:
+                if turn.kind == "answer" and number < max_turns and not hopeless:  # at the turn limit nothing could follow a feedback
                     give_feedback(policy, task, episode, turn, drawn)
                     going.append(row)
             if not going:
@@ -843,9 +846,8 @@ def turn_weights(episode, prefix_mask, rng):
     expected: its average over k: turn t weighs P(k <= t) = t / T.
     Roll-in episodes are not masked: their replayed turns are not trained anyway.
 
-    Bias: later actions decide T, so the weight t/T of turn t depends on them. The baseline then does not cancel in the
-    expectation, and an action's credit, praise or blame, shrinks as its episode gets longer. For a fixed T the baseline
-    cancels. `random` has the same mean, so the same bias.
+    Bias: t/T depends on T, which later actions decide. So a baseline is no longer neutral in the expectation, and a turn is credited less,
+    for good or ill, where its episode becomes long. For a fixed T there is no such bias. `random` has the same mean, so the same bias.
     """
     total = len(episode.turns)
     if prefix_mask == "none" or episode.replayed:
@@ -1067,7 +1069,7 @@ def backward(policy, reference, episodes, rows, advantage, cfg, rng):
 def health(task, fresh, rolled, cfg):
     """What a collapse would show in first, as a part of a line of metrics.jsonl.
 
-    Training ends an episode where it is already malformed, so `first` and `final` are not quite those of an evaluation.
+    Not quite the `first` and `final` of an evaluation: they are sampled, and training ends an episode where it is already malformed.
     """
     return {"first": average(solved(task, e, 0) for e in fresh), "final": average(solved(task, e) for e in fresh),
             "rollin_repair": average(solved(task, e) for e in rolled if e.force_think),
@@ -1102,7 +1104,8 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
     """Greedy play, sampled play and repair of given wrong first turns, on every split. Returns (rows, fixed, episodes).
 
     rows: `rates` a split, with sampled_final and repair_fixed. fixed: {split: {example id: token ids}}, the SFT model's wrong first
-    turns; n_fixed: how many. All models that are compared repair these same turns, so that none gains by failing first.
+    turns; n_fixed: how many. All models that are compared repair these same turns, so that none gains by failing first. No <THINK> is forced
+    here, as it is in training: a model must itself see that it has to revise.
     Without them the model's own wrong first turns serve. With cfg.eval.probes, repair is also measured with the false pictures of `data_prep.probes`.
     episodes: the greedy ones, by split. brief: greedy play only.
     """
@@ -1192,7 +1195,7 @@ def train(cfg, flat, words, folder):
     log, task = Log(folder, cfg.checkpoint), TASKS[cfg.task](cfg)
     print(f"run folder: {folder}", file=sys.stderr)
     log.stage("data")
-    base_cfg, base_flat = read_config([*words, "method=sft"])  # the SFT model that every method is compared with
+    base_cfg, base_flat = read_config(data_prep.of_method(words, "sft"))  # the SFT model that every method is compared with
     data_prep.check_memory(source_of(cfg.model), cfg, device_of(cfg), dtype_of(cfg, device_of(cfg)), task)
     base, base_folder = sft_model(base_cfg, base_flat, task)
     log.stage("sft")
