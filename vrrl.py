@@ -81,7 +81,7 @@ HERE = Path(__file__).resolve().parent
 
 def read_config(words=(), file=HERE / "config.yaml"):
     """Settings from config.yaml, then the rows of the task, the profile and the method, a protocol file, and `key=value` words; the later wins.
-    (In a study the method's row comes last: `data_prep.of_method`.)
+    (`data_prep.of_method` puts the method's row last: for a study, and for the SFT model that a run is compared with.)
 
     Returns (cfg, flat): a frozen dataclass, and the same as {"rl.steps": 75, ...}. Raises UserError.
     """
@@ -395,7 +395,7 @@ class Context:
     """
 
     def __init__(self, rows, device):
-        self.cache = data_prep.KeyValues()  # of every layer; written in place while sampling, but joined where gradients flow, back through it as well
+        self.cache = data_prep.KeyValues()  # of every layer; grows in place while sampling, and by concatenation where gradients flow back through it
         self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=device)
         self.position = torch.zeros(rows, dtype=torch.long, device=device)
         self.last = None
@@ -623,7 +623,8 @@ class Policy:
             opening = (id(e.question_ids), *map(id, e.replayed))
             openings.setdefault(opening, e)
             opening_of.append(list(openings).index(opening))
-        heads, context = list(openings.values()), Context(len(openings), self.device)
+        heads = list(openings.values())
+        context = Context(len(heads), self.device)
         self.extend(context, [e.opening for e in heads], [p for e in heads for p in e.opening_pictures])
         if len(heads) < len(episodes):
             context.take(torch.tensor(opening_of, device=self.device))
@@ -1104,8 +1105,8 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
     """Greedy play, sampled play and repair of given wrong first turns, on every split. Returns (rows, fixed, episodes).
 
     rows: `rates` a split, with sampled_final and repair_fixed. fixed: {split: {example id: token ids}}, the SFT model's wrong first
-    turns; n_fixed: how many. All models that are compared repair these same turns, so that none gains by failing first. No <THINK> is forced
-    here, as it is in training: a model must itself see that it has to revise.
+    turns; n_fixed: how many. All models that are compared repair these same turns, so that none gains by failing first. Unlike in
+    training, no <THINK> is forced: a model must itself see that it has to revise.
     Without them the model's own wrong first turns serve. With cfg.eval.probes, repair is also measured with the false pictures of `data_prep.probes`.
     episodes: the greedy ones, by split. brief: greedy play only.
     """
