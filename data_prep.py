@@ -11,7 +11,7 @@ Contents
     5. Making the data            make_folder, make_navigation
     6. Tables and charts          table_figure, chart_figure, draw_point, make_figures, own_points
     7. The embedded model         build_embedded, see_talk, point_talk, make_embedded
-    8. Keys, values, attention    KeyValues, grouped_attention
+    8. Speed of the model         KeyValues, grouped_attention, in_threads, backward
     9. Pictures for people        contact_sheet, film_strip, curves
    10. Reading settings           settings_table, check_value, nest
    11. Files of a run             write_file, Stopped, Log, lock, open_run
@@ -42,6 +42,7 @@ import sys
 import time
 import warnings
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1303,7 +1304,7 @@ def make_embedded(folder, cfg):
         vrrl.save_policy(policy, folder)
 
 
-# ---------------------------------------------------------------- 8. keys, values and attention
+# ---------------------------------------------------------------- 8. speed of the model
 
 
 class KeyValues:
@@ -1355,6 +1356,45 @@ def grouped_attention(module, query, key, value, attention_mask, scaling, **kwar
 
 
 transformers.AttentionInterface.register("grouped", grouped_attention)
+
+
+def workers(policy):
+    """How many threads of their own a model is worth: on a CPU the operations of a small one are too short to be divided among cores."""
+    small = policy.device.type == "cpu" and sum(p.numel() for p in policy.model.parameters()) < 10_000_000
+    return min(4, torch.get_num_threads()) if small else 1  # each holds the activations of its part
+
+
+@functools.cache
+def _pool(count):
+    return ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
+
+
+def in_threads(policy, function, parts):
+    """function(part) for each of the parts, in order: side by side where the model is small, else one after the other. The results are equal."""
+    count = workers(policy)
+    return _pool(count).map(function, parts) if count > 1 and len(parts) > 1 else map(function, parts)
+
+
+def backward(policy, loss_of, parts):
+    """Adds up the gradient of the parts' losses in the weights' `grad`. loss_of(part): a tuple that begins with the loss. Returns them, the loss as a number.
+
+    Parts are computed as by `in_threads`; their gradients are added in order, so that the sum does not depend on the number of threads.
+    """
+    weights, alone = [p for p in policy.model.parameters() if p.requires_grad], workers(policy) == 1
+
+    def gradient(part):
+        loss, *rest = loss_of(part)
+        if alone:  # into `grad` at once: a real model has no room for a second set of gradients
+            loss.backward()
+        return () if alone else torch.autograd.grad(loss, weights, allow_unused=True), (loss.item(), *rest)
+
+    found = []
+    for grads, values in in_threads(policy, gradient, parts):
+        found.append(values)
+        for weight, grad in zip(weights, grads):
+            if grad is not None:
+                weight.grad = grad if weight.grad is None else weight.grad.add_(grad)
+    return found
 
 
 # ---------------------------------------------------------------- 9. pictures for people

@@ -16,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter, deque
 from pathlib import Path
@@ -975,6 +976,41 @@ def test_sharing_a_groups_opening_changes_neither_log_probs_nor_gradients(taught
     taught.model.zero_grad()
     (a, da), (b, db) = results
     assert furthest([x.detach() for x in a], [x.detach() for x in b]) < 1e-4 and furthest(da, db) < 1e-3 * max(g.abs().max() for g in da)
+
+
+def test_parts_side_by_side_give_the_same_gradients_and_values(taught, task):
+    traces = demonstrations(taught, task, count=15)
+    parts = [traces[:4], traces[4:7], traces[7:8], traces[8:13], traces[13:]]
+    loss_of = lambda part: (torch.cat(taught.log_probs(part)[0]).sum(), len(part))
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            assert data_prep.workers(taught) == threads
+            values = data_prep.backward(taught, loss_of, parts)
+            assert torch.get_num_threads() == threads  # the threads' own setting leaves this one alone
+        finally:
+            torch.set_num_threads(1)
+        grads = [p.grad.clone() for p in taught.model.parameters() if p.grad is not None]
+        taught.model.zero_grad()
+        found.append((values, grads))
+    (values, grads), *others = found
+    assert len(grads) > 20 and [count for _, count in values] == [len(part) for part in parts] and len({loss for loss, _ in values}) == 5
+    for other_values, other_grads in others:
+        assert other_values == values and len(other_grads) == len(grads) and all(torch.equal(a, b) for a, b in zip(grads, other_grads))
+
+
+def test_threads_keep_the_order_pass_errors_on_and_are_for_small_models_alone(taught):
+    torch.set_num_threads(2)
+    try:
+        names = list(data_prep.in_threads(taught, lambda n: (time.sleep(0.05 * (n == 0)), n, threading.get_ident())[1:], range(6)))
+        with pytest.raises(ZeroDivisionError):
+            list(data_prep.in_threads(taught, lambda n: 1 / (3 - n), range(6)))
+        large = SimpleNamespace(device=taught.device, model=torch.nn.Linear(4000, 4000))
+        assert data_prep.workers(large) == 1 and {t for _, t in data_prep.in_threads(large, lambda n: (n, threading.get_ident()), range(3))} == {threading.get_ident()}
+    finally:
+        torch.set_num_threads(1)
+    assert [n for n, _ in names] == list(range(6)) and len({t for _, t in names} - {threading.get_ident()}) == 2
 
 
 def test_greedy_play_in_a_batch_equals_play_one_by_one(taught, task, monkeypatch):

@@ -930,12 +930,10 @@ def supervise(policy, batch, steps, lr, title, log):
     for step in log.steps(title, steps, optimizer):
         rate = lr * min(1.0, step / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
         episodes = sorted(batch(step), key=lambda e: len(e.opening) + len(e.rest))  # little padding
-        tokens, total = sum(len(e.actions) for e in episodes), 0.0
-        micro = policy.cfg.sft.micro
-        for part in (episodes[i : i + micro] for i in range(0, len(episodes), micro)):
-            loss = -torch.cat(policy.log_probs(part)[0]).sum() / tokens
-            loss.backward()
-            total += loss.item()
+        tokens, micro = sum(len(e.actions) for e in episodes), policy.cfg.sft.micro
+        loss_of = lambda part: (-torch.cat(policy.log_probs(part)[0]).sum() / tokens,)
+        parts = [episodes[i : i + micro] for i in range(0, len(episodes), micro)]
+        total = sum(loss for loss, in data_prep.backward(policy, loss_of, parts))
         norm = optimizer.step(rate, clip=1.0)
         log({"stage": title, "step": step, "loss": total, "grad_norm": norm, "skipped": optimizer.skipped, "lr": rate})
 
@@ -1022,7 +1020,7 @@ def rl(policy, reference, task, cfg, log):
         kept = [n for n in range(len(rewards)) if spread[n] > 1e-6 and 0.01 < mean[n] < 0.99]
 
         # --- update: one gradient step on this batch
-        tokens, entropy, divergence = backward(policy, reference, episodes, data_prep.by_length(episodes, kept, group), advantage, cfg.rl, rng)
+        tokens, entropy, divergence = add_gradient(policy, reference, episodes, data_prep.by_length(episodes, kept, group), advantage, cfg.rl, rng)
         rate = cfg.rl.lr * min(step / WARMUP, 1.0 - 0.9 * (step - WARMUP) / max(1, cfg.rl.steps - WARMUP))
         norm = optimizer.step(rate, cfg.rl.clip) if kept else 0.0
 
@@ -1042,29 +1040,31 @@ def rl(policy, reference, task, cfg, log):
         log.bar.set_postfix(reward=f"{rewards.mean().item():.2f}")
 
 
-def backward(policy, reference, episodes, rows, advantage, cfg, rng):
+def add_gradient(policy, reference, episodes, rows, advantage, cfg, rng):
     """Adds up the gradient of a batch's loss, a micro-batch at a time; the optimizer's step is still to come.
 
     rows: which episodes, shortest first and in pairs of one group, since a pair reads its opening once. advantage: (episodes,).
     Returns (action tokens read, masked ones included; their mean entropy; mean KL to the SFT model). Without a KL term in the loss the KL is measured on
     the first micro-batch only, which has the shortest rollouts. cfg: the section `rl`.
     """
-    tokens, entropy, divergence, compared = 0, 0.0, 0.0, 0
-    for at in range(0, len(rows), cfg.micro):
-        part = rows[at : at + cfg.micro]
+    if not rows:
+        return 0, None, None
+    weights = {i: torch.tensor(turn_weights(episodes[i], cfg.prefix_mask, rng), device=policy.device) for i in rows}
+    parts = [rows[at : at + cfg.micro] for at in range(0, len(rows), cfg.micro)]
+
+    def loss_of(part):
         batch = [episodes[i] for i in part]
         logps, entropies = policy.log_probs(batch)
-        refs = [None] * len(batch)
-        if reference and (cfg.kl or at == 0):
+        refs, divergence, compared = [None] * len(batch), 0.0, 0
+        if reference and (cfg.kl or part == parts[0]):
             with torch.no_grad():
                 refs = reference.log_probs(batch)[0]
-                divergence += kl_terms(torch.cat(logps), torch.cat(refs)).sum().item()
-                compared += sum(len(l) for l in logps)
-        weights = [torch.tensor(turn_weights(e, cfg.prefix_mask, rng), device=policy.device) for e in batch]
-        policy_loss(logps, refs, advantage[part], weights, cfg.kl, len(episodes)).backward()
-        entropy += torch.cat(entropies).sum().item()
-        tokens += sum(len(l) for l in logps)
-    return tokens, entropy / tokens if tokens else None, divergence / compared if compared else None
+                divergence, compared = kl_terms(torch.cat(logps), torch.cat(refs)).sum().item(), sum(map(len, logps))
+        loss = policy_loss(logps, refs, advantage[part], [weights[i] for i in part], cfg.kl, len(episodes))
+        return loss, sum(map(len, logps)), torch.cat(entropies).sum().item(), divergence, compared
+
+    _, tokens, entropy, divergence, compared = map(sum, zip(*data_prep.backward(policy, loss_of, parts)))
+    return tokens, entropy / tokens, divergence / compared if compared else None
 
 
 def health(task, fresh, rolled, cfg):
@@ -1116,11 +1116,14 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
     bar = tqdm(total=passes * len(task.SPLITS), desc=title, unit="pass", dynamic_ncols=True)
 
     def run(starts, greedy=True, shown=task):
-        episodes = []
-        for at in range(0, len(starts), cfg.eval.batch):
-            episodes += play(policy, shown, starts[at : at + cfg.eval.batch], 1, cfg.eval.max_turns, generator, greedy)
+        def go(part):
             if Stopped.asked:
                 raise Stopped
+            return play(policy, shown, part, 1, cfg.eval.max_turns, generator, greedy)
+
+        parts = [starts[at : at + cfg.eval.batch] for at in range(0, len(starts), cfg.eval.batch)]
+        # Sampled parts draw from one generator, so they take turns.
+        episodes = [e for part in (data_prep.in_threads(policy, go, parts) if greedy else map(go, parts)) for e in part]
         bar.update()
         return episodes
 
