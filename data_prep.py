@@ -22,6 +22,8 @@ A layout is a list of strings of S (start, the elf), F (frozen, safe), H (hole) 
 gift). Cells are (row, column), counted from the top left. `rng` is always a random.Random.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import difflib
 import fcntl
@@ -1359,9 +1361,23 @@ transformers.AttentionInterface.register("grouped", grouped_attention)
 
 
 def workers(policy):
-    """How many threads of their own a model is worth: on a CPU the operations of a small one are too short to be divided among cores."""
+    """In how many threads of our own the work on a model is done. On a CPU the operations of a small one are too short to be divided among
+    PyTorch's threads, which wait for each other at every operation; a micro-batch or a batch of conversations is worth a thread.
+    """
     small = policy.device.type == "cpu" and sum(p.numel() for p in policy.model.parameters()) < 10_000_000
-    return min(4, torch.get_num_threads()) if small else 1  # each holds the activations of its part
+    return min(2, torch.get_num_threads()) if small else 1  # two, since each holds the activations of its part
+
+
+@contextlib.contextmanager
+def one_thread(policy):
+    """No threads of PyTorch's in here, if the model is small."""
+    before = torch.get_num_threads()
+    if workers(policy) > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @functools.cache
@@ -1370,9 +1386,17 @@ def _pool(count):
 
 
 def in_threads(policy, function, parts):
-    """function(part) for each of the parts, in order: side by side where the model is small, else one after the other. The results are equal."""
+    """function(part) for each of the parts, in order: side by side in `workers` threads, or one after the other. The results are equal."""
     count = workers(policy)
-    return _pool(count).map(function, parts) if count > 1 and len(parts) > 1 else map(function, parts)
+    return map(function, parts) if count == 1 else _pool(count).map(function, parts)
+
+
+def give_back_memory():
+    """Return to the system what is free: the C library keeps it, for each thread apart, and the next stage would need other memory beside it."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # only glibc has it
+        pass
 
 
 def backward(policy, loss_of, parts):
@@ -1781,6 +1805,7 @@ class Log:
     def stage(self, name):
         """The end of a stage: a line on screen and in run.json, with its seconds, rates and peak memory."""
         seconds, self.started = time.time() - self.started, time.time()
+        give_back_memory()
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         figures, sums = {"seconds": round(seconds, 1), "peak_memory_mb": memory}, self.stages.get(name, {})
         if torch.cuda.is_available():

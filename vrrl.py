@@ -1,15 +1,17 @@
 """VRRL, the whole algorithm: visually grounded self-reflection for vision-language models, learnt by reinforcement learning.
 
 The idea (Tang, Yin, Durrett, arXiv 2607.02490). A vision-language model answers a question about an image, is shown
-its answer *drawn on the image*, and then either commits to it or corrects it. Trained with plain RL, models learn to
-be right at once, and hardly learn to correct: a right first answer earns the same outcome reward, more easily. Their
-corrections are rewritten from the text so far and do not look at the picture. Prefix masking and buffered roll-ins repair that.
+its answer *drawn on the image*, and then either commits to it or corrects it. The paper finds that under plain RL a model learns
+to be right at once and hardly to correct, since a right first answer earns the same outcome reward more easily, and that its corrections
+follow the text so far and not the picture. Its remedy is prefix masking and buffered roll-ins, with a reward that credits corrections
+(`method=rl_reflect` is plain RL with that reward). What they did for the small default model stands in README.md, Results.
 
     policy pi (a VLM), roll-in buffer D = deque()
     repeat:
         for each question of the batch:
             with probability rho, or while D is short:   start = the question
-            otherwise (buffered roll-in):                start = a stored prefix, mostly one whose last attempt is wrong
+            otherwise (buffered roll-in):                start = a stored prefix, mostly one whose last attempt is wrong;
+                                                                 then a forced <THINK>: only a revision can earn a reward
             sample G rollouts from the start, turn by turn; after each answer, draw it on the image and show it
             R_i = reward of rollout i                    (exact answer, and credit for corrections that progress)
             A_i = R_i - mean of the other G-1 rewards    (REINFORCE with a leave-one-out baseline)
@@ -17,8 +19,8 @@ corrections are rewritten from the text so far and do not look at the picture. P
         gradient step on  - sum_i A_i * sum over the unmasked tokens of log pi(token)
         D.append(at most one prefix of each fresh rollout, cut after an attempt that was drawn)
 
-Groups with equal rewards have no policy gradient and are dropped; so are, as in the release, groups whose mean reward is below 0.01 or above
-0.99: mostly groups that all succeed, whose rewards differ only by the small terms.
+Groups with equal rewards have no policy gradient and are dropped, not replaced by others. So are those whose mean reward is not within the
+release's bounds, 0.01 and 0.99: groups that all succeed, whose rewards differ only by the small terms.
 "The release" below is the authors' published code, which uses GRPO: it divides by the group's standard deviation (here a
 setting), and has an importance ratio and its clipping (each batch is used for one update, so the ratio is one). README.md
 lists all that differs.
@@ -105,15 +107,15 @@ def read_config(words=(), file=HERE / "config.yaml"):
 
 
 # ==================== 2. Task =========================================================================
-# A task is a class with SPLITS, lesson, folder, key, load, question, image, parse, exact, progress, same and feedback. Sections 3
-# to 11 never ask which task is running: a new one is a new class, a line in TASKS, and in config.yaml its name, its row and its section.
+# A task is a class with SPLITS, key, load, question, image, parse, exact, progress, same and feedback (and lesson, by which the embedded model
+# learns to see). A new one is a new class, a line in TASKS, and in config.yaml its name, its row and, if it has settings of its own, a section.
 
 
 class Navigation:
     """Spatial navigation on a frozen lake: the shortest path from the elf to the gift, around the holes.
 
     An attempt is a tuple of moves. Training maps are 3x3 to 5x5, in one look ("snow") and random mixes of colours.
-    Test splits: `id`, in distribution; `size`, larger grids; `look`, tiles and colours never trained on; `both`.
+    Test splits: `id`, in distribution; `size`, larger grids; `look`, colours (and in two of three looks, holes) never drawn so in training; `both`.
     """
 
     SPLITS = ("id", "size", "look", "both")
@@ -164,13 +166,13 @@ class Navigation:
 
     def feedback(self, example, attempt):
         """The image with the attempt drawn on it."""
-        layout = example["layout"]
-        shape, start = (len(layout), len(layout[0])), data_prep.find_cell(layout, "S")
+        layout, start = example["layout"], data_prep.find_cell(example["layout"], "S")
+        shape = len(layout), len(layout[0])
         return data_prep.draw_path(self.image(example), shape, start, attempt, example.get("look", "snow"), example.get("box"))
 
 
 class Points:
-    """Visual grounding: point into a box of the image. Used as it is for one's own data, `data=FILE`, a JSONL of image, question and box;
+    """Visual grounding: point into a box of the image. Used as it is for one's own data, `task=points data=FILE`, a JSONL of image, question and box;
     Table and Chart only say where other data come from.
 
     An attempt is (x, y), two integers in the model's own convention: from 0 to `points.scale` along each side of the image, or
@@ -228,7 +230,7 @@ class Points:
         return data_prep.inside(example["box"], self.pixel(example, attempt)) if example["box"] else None
 
     def progress(self, example, attempt):
-        """p_t in [0, 1]: 1 inside the box, else max(0, 1 - d / reach), at most 0.99; d: distance to the box over the longer side."""
+        """p_t in [0, 1]: 1 inside the box, else max(0, 1 - d / reach), at most 0.99; d: distance to the box over the image's longer side."""
         if self.exact(example, attempt):
             return 1.0
         distance = data_prep.gap(example["box"], self.pixel(example, attempt)) / max(example["size"])
@@ -267,6 +269,7 @@ TASKS = {"navigation": Navigation, "table": Table, "chart": Chart, "points": Poi
 
 # ==================== 3. Conversations ================================================================
 # An episode is a list of turns, and a turn holds the ids that were sampled: nothing is ever decoded and encoded again.
+# An `image` is PIL's, a `picture` is a Picture: an image as the model takes it.
 
 # One assistant turn: an optional THINK, then one ANSWER or one FINAL, nothing else.
 TAGS = ["<THINK>", "</THINK>", "<ANSWER>", "</ANSWER>", "<FINAL>", "</FINAL>"]
@@ -292,7 +295,7 @@ def parse_turn(task, text):
 
 def size_seen(size, processor):
     """(width, height) in pixels that an image of this size has when the model sees it."""
-    side, limits = processor.patch_size * processor.merge_size, processor.size
+    side, limits = processor.patch_size * processor.merge_size, processor.size  # by their names edges, in truth least and most numbers of pixels
     height, width = smart_resize(size[1], size[0], side, limits["shortest_edge"], limits["longest_edge"])
     return width, height
 
@@ -317,7 +320,8 @@ class Turn:
     """One assistant turn, and what the user showed next.
 
     ids: its tokens as sampled, with the end token unless the turn was cut off at policy.max_new. trained: for each of them, whether it may enter
-    a loss (a forced token may not); looked at in fresh turns only. logps: recorded while sampling; only the tests read them. feedback: ids of the
+    a loss (not a forced token, nor what a demonstration does not teach); looked at in fresh turns only. logps: of the policy that sampled; there is no
+    importance ratio, only the tests compare them. attempt: what the ANSWER or FINAL says. feedback: ids of the
     user's reply, with `picture`, the attempt drawn; both are empty if the episode ended here.
     """
 
@@ -334,25 +338,25 @@ class Turn:
 
 @dataclasses.dataclass
 class Episode:
-    """A conversation about `example`: the replayed turns of a roll-in prefix (none on a fresh start), then new ones."""
+    """A conversation about `example`: the replayed turns that it goes on from (a roll-in prefix, or a wrong first turn to repair), then new ones."""
 
     example: dict
     question_ids: list
     question_picture: Picture
     replayed: list = dataclasses.field(default_factory=list)
     turns: list = dataclasses.field(default_factory=list)
-    force_think: bool = False  # of roll-ins after a wrong attempt: the first fresh turn starts with a forced <THINK>, so that it cannot commit (see RollIn)
+    force_think: bool = False  # of roll-ins after a wrong attempt: the first fresh turn opens with a forced <THINK> (see RollIn)
 
     @property
     def all_turns(self):
         return [*self.replayed, *self.turns]
 
     @property
-    def attempts(self):  # the ANSWERs; a FINAL, even one that differs, is no attempt
+    def attempts(self):  # those of the ANSWERs; what a FINAL says is not counted, even if it differs
         return [t.attempt for t in self.all_turns if t.kind == "answer"]
 
     @property
-    def committed(self):
+    def committed(self):  # ends in a FINAL that repeats the last ANSWER; the episode may be malformed all the same
         last = self.all_turns[-1]
         return last.kind == "final" and bool(self.attempts) and last.attempt == self.attempts[-1]
 
@@ -487,7 +491,7 @@ class Policy:
         size = lambda q: q.pixels.shape
         for shape, group in itertools.groupby(sorted(distinct, key=size), key=size):
             group = list(group)
-            most = max(1, min(256, (1 << 22) // (shape[0] * shape[1])))  # pictures a pass
+            most = max(1, min(256, (1 << 22) // (shape[0] * shape[1])))  # pictures a pass: 4 M pixels
             for part in (group[i : i + most] for i in range(0, len(group), most)):
                 x = torch.from_numpy(np.stack([q.pixels for q in part])).to(self.device).float() / 255
                 x = ((x - self.mean) / self.std).to(self.model.dtype)
@@ -511,9 +515,9 @@ class Policy:
     # ---- the one primitive: read more of a conversation --------------------------------------------
 
     def extend(self, context, rows, pictures=()):
-        """Let the model read `rows` (a list of B id lists) after what it has read. Returns hidden states (B, W, D).
+        """Let the model read `rows` (a list of B id lists) after what `context` holds, which grows. Returns the hidden states (B, W, D) of the new columns.
 
-        `pictures`: those shown in the rows, in order. Rows are padded on the right with masked columns.
+        `pictures`: those of the first row in order, then of the second, and so on. Rows are padded on the right with masked columns.
         """
         lengths = torch.tensor([len(r) for r in rows], device=self.device)
         width = int(lengths.max())
@@ -691,7 +695,7 @@ def resume(policy, task, example, spoken, force_think=False):
 
 def well_formed(task, turns, unfinished=False):
     """The protocol: turn 1 is an ANSWER without THINK; each revision has a THINK; no two ANSWERs are the same;
-    exactly one FINAL, last, without THINK, repeating the last ANSWER. `unfinished`: the FINAL may still come.
+    exactly one FINAL, last, without THINK, repeating the last ANSWER to the letter. `unfinished`: the FINAL may still come.
     """
     attempts = []
     for turn in turns:
@@ -718,7 +722,7 @@ def play(policy, task, starts, samples, max_turns, generator, greedy=False, trai
     An episode ends at FINAL, at a turn that cannot be parsed, or after `max_turns` fresh turns. In training it
     also ends where it is already malformed: its reward is 0 whatever follows.
     """
-    with torch.no_grad():
+    with torch.no_grad(), data_prep.one_thread(policy):
         context = Context(len(starts), policy.device)
         policy.extend(context, [s.opening for s in starts], [p for s in starts for p in s.opening_pictures])
         context.take(torch.arange(len(starts), device=policy.device).repeat_interleave(samples))
@@ -843,12 +847,13 @@ class RollInBuffer:
 def turn_weights(episode, prefix_mask, rng):
     """Prefix masking: the weight in the loss of every action token of an episode, in order.
 
+    none:     every turn weighs 1.
     random:   k ~ U{1..T}; turns k..T weigh 1, those before 0. T: its turns. (The paper's random turn masking, RTM.)
     expected: its average over k: turn t weighs P(k <= t) = t / T.
     Roll-in episodes are not masked: their replayed turns are not trained anyway.
 
-    Bias: t/T depends on T, which later actions decide. So a baseline is no longer neutral in the expectation, and a turn is credited less,
-    for good or ill, where its episode becomes long. For a fixed T there is no such bias. `random` has the same mean, so the same bias.
+    Both forms are biased, equally on average: later actions decide T, and the longer an episode becomes, the less its early turns weigh, for good
+    or ill. So a baseline no longer cancels in the expectation. With a fixed T there would be no bias.
     """
     total = len(episode.turns)
     if prefix_mask == "none" or episode.replayed:
@@ -874,7 +879,7 @@ def advantages(rewards, std_norm=False):
 def kl_terms(logp, ref):
     """r - log r - 1 with r = pi_SFT / pi, token by token: never below 0, and on average over samples KL(pi || pi_SFT).
 
-    As a loss, as in GRPO, its gradient on sampled tokens is that of KL(pi_SFT || pi).
+    Differentiated as a loss, as GRPO does, its expected gradient is that of KL(pi_SFT || pi).
     """
     return (ref - logp).exp() - (ref - logp) - 1
 
@@ -882,7 +887,7 @@ def kl_terms(logp, ref):
 def policy_loss(logps, reference, advantage, weights, kl, rollouts):
     """Prefix-masked REINFORCE for some episodes of a batch; summed over micro-batches it is the batch's loss.
 
-        L = 1/N sum_i [ - A_i sum_t m_it log pi(a_it)  +  kl * sum_t (r_it - log r_it - 1) ],  r = pi_SFT / pi
+        L = 1/N sum_i sum_j [ - A_i m_ij log pi(y_ij)  +  kl * (r_ij - log r_ij - 1) ],  r = pi_SFT / pi,  j: the sampled tokens of rollout i
 
     logps, reference, weights: one (tokens,) tensor an episode, reference being looked at only with a KL term; advantage: (episodes,).
     N, the number of rollouts sampled, divides, not the number of unmasked tokens: a divisor that depends on k would make the
@@ -890,8 +895,8 @@ def policy_loss(logps, reference, advantage, weights, kl, rollouts):
     The KL term holds on all sampled tokens of the kept groups: otherwise masked turns could drift freely.
     """
     loss = 0.0
-    for logp, ref, a, m in zip(logps, reference, advantage, weights):
-        loss = loss - a * (m * logp).sum()
+    for logp, ref, advantage_i, mask in zip(logps, reference, advantage, weights):
+        loss = loss - advantage_i * (mask * logp).sum()
         if kl:
             loss = loss + kl * kl_terms(logp, ref).sum()
     return loss / rollouts
@@ -998,7 +1003,7 @@ def rl(policy, reference, task, cfg, log):
     # Counts 1, 2, ... under a progress bar, writes checkpoints between steps, and goes on from the last one after a stop.
     for step in log.steps("rl", cfg.rl.steps, optimizer, state=buffer.state, restore=lambda state: buffer.restore(state, examples)):
         began = time.time()
-        # All that is random in a step hangs on its number alone: a run that was stopped goes on as if it had not been.
+        # All that is random in a step hangs on the seed and its number alone: a run that was stopped goes on as if it had not been.
         rng, generator = random.Random(f"{cfg.seed} {step}"), torch.Generator(policy.device).manual_seed(1_000_003 * cfg.seed + step)
 
         # --- sample: each question from its start with probability rho, or a stored prefix of another question in its place
@@ -1009,13 +1014,13 @@ def rl(policy, reference, task, cfg, log):
                 rolled.append(rollin.start(policy, task))
             else:
                 fresh.append(begin(policy, task, example))
-        fresh, rolled = roll_out(fresh, generator), roll_out(rolled, generator)  # both with the full turn budget
+        fresh, rolled = roll_out(fresh, generator), roll_out(rolled, generator)  # apart, since openings differ much in length; both with the full turn budget
         episodes, sampled = fresh + rolled, time.time()
 
         # --- advantages: within each group of rollouts from one start
         rewards = torch.tensor([reward(task, e, cfg.reward) for e in episodes]).view(-1, group)
         advantage = advantages(rewards, cfg.rl.std_norm).flatten().to(policy.device)
-        # Groups without signal are dropped: all rewards equal, or their mean near 0 or 1 (the release's bounds).
+        # Groups without signal are dropped, see the top of the file.
         mean, spread = rewards.mean(1), rewards.max(1).values - rewards.min(1).values
         kept = [n for n in range(len(rewards)) if spread[n] > 1e-6 and 0.01 < mean[n] < 0.99]
 
@@ -1102,15 +1107,14 @@ def rates(task, episodes, most):
 
 
 def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
-    """Greedy play, sampled play and repair of given wrong first turns, on every split. Returns (rows, fixed, episodes).
+    """Greedy play, sampled play and repair of given wrong first turns, on every split. Returns (rows, fixed, greedy episodes by split).
 
-    rows: `rates` a split, with sampled_final and repair_fixed. fixed: {split: {example id: token ids}}, the SFT model's wrong first
-    turns; n_fixed: how many. All models that are compared repair these same turns, so that none gains by failing first. Unlike in
-    training, no <THINK> is forced: a model must itself see that it has to revise.
-    Without them the model's own wrong first turns serve. With cfg.eval.probes, repair is also measured with the false pictures of `data_prep.probes`.
-    episodes: the greedy ones, by split. brief: greedy play only.
+    rows: `rates` a split, with sampled_final, repair_fixed and n_fixed, how many. fixed: {split: {example id: token ids}}, wrong first turns of the SFT
+    model: all models that are compared repair these same turns, so that none gains by failing first. None: the model's own ones. Unlike in
+    training, no <THINK> is forced: a model must itself see that it has to revise. With cfg.eval.probes, repair is also measured with
+    the false pictures of `data_prep.probes`. brief: greedy play only.
     """
-    rows, wrong, kept = [], {}, {}
+    rows, wrong, greedy_play = [], {}, {}
     generator = torch.Generator(policy.device).manual_seed(cfg.seed)
     passes = 1 if brief else 6 if cfg.eval.probes else 3  # greedy; sampled; repair with true pictures; with each of three false ones
     bar = tqdm(total=passes * len(task.SPLITS), desc=title, unit="pass", dynamic_ncols=True)
@@ -1129,7 +1133,7 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
 
     for name in task.SPLITS:
         examples = task.load(f"{cfg.eval.splits}_{name}")[: cfg.eval.maps]
-        own = kept[name] = run([begin(policy, task, e) for e in examples])
+        own = greedy_play[name] = run([begin(policy, task, e) for e in examples])
         # A first turn that parses can be drawn, and so be repaired.
         wrong[name] = {e.example["id"]: e.turns[0].ids for e in own if e.attempts and not solved(task, e, 0)}
         row = {"split": name, "ood": name != "id", **rates(task, own, cfg.eval.max_turns)}
@@ -1153,7 +1157,7 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
             row |= {f"repair_{name_of_view}": average(repaired.values()), "n_fixed": len(repaired),
                     f"repair_{name_of_view}_by_map": data_prep.bits(repaired.get(e["id"]) for e in examples)}
     bar.close()
-    return rows, fixed or wrong, kept
+    return rows, fixed or wrong, greedy_play
 
 
 # ==================== 12. Main =======================================================================
