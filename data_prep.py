@@ -23,7 +23,6 @@ gift). Cells are (row, column), counted from the top left. `rng` is always a ran
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import difflib
 import fcntl
@@ -1309,6 +1308,12 @@ def make_embedded(folder, cfg):
 # ---------------------------------------------------------------- 8. speed of the model
 
 
+# oneDNN, which computes the products on a CPU, keeps compiled code for the last 1024 shapes in each thread, and nearly every token of a
+# conversation has a new shape: 600 MB that are hardly used again. (With 0 it crashes.)
+os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
+
 class KeyValues:
     """Keys and values of a batch of conversations: a pair of (B, heads, L, head_dim) a layer.
 
@@ -1389,14 +1394,6 @@ def in_threads(policy, function, parts):
     """function(part) for each of the parts, in order: side by side in `workers` threads, or one after the other. The results are equal."""
     count = workers(policy)
     return map(function, parts) if count == 1 else _pool(count).map(function, parts)
-
-
-def give_back_memory():
-    """Return to the system what is free: the C library keeps it, for each thread apart, and the next stage would need other memory beside it."""
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):  # only glibc has it
-        pass
 
 
 def backward(policy, loss_of, parts):
@@ -1805,7 +1802,6 @@ class Log:
     def stage(self, name):
         """The end of a stage: a line on screen and in run.json, with its seconds, rates and peak memory."""
         seconds, self.started = time.time() - self.started, time.time()
-        give_back_memory()
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
         figures, sums = {"seconds": round(seconds, 1), "peak_memory_mb": memory}, self.stages.get(name, {})
         if torch.cuda.is_available():
