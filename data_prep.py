@@ -589,7 +589,7 @@ def make_navigation(folder, *, seed, train_maps, sft_traces, test_maps, dev_maps
     make_folder(folder, "navigation", settings, _plan(train_maps, test_maps, dev_maps), draw, _sft_record, _preview, progress)
 
 
-def make_folder(folder, task, settings, plan, draw, trace, preview, show):
+def make_folder(folder, task, settings, plan, draw, trace, preview, show, taught=lambda record: True):
     """Write a data folder: images, <split>.jsonl, preview_<split>.png and data.json. It appears whole at the end or not at all.
 
     plan: {split: what to draw}. draw(split, wanted, rng, taken) yields (record, image), `taken` being a set that all splits
@@ -608,14 +608,14 @@ def make_folder(folder, task, settings, plan, draw, trace, preview, show):
         shutil.rmtree(building, ignore_errors=True)   # left by a process that was killed
         try:
             (building / "images").mkdir(parents=True)
-            _fill_folder(building, task, settings, plan, draw, trace, preview, show)
+            _fill_folder(building, task, settings, plan, draw, trace, preview, show, taught)
             os.sync()   # thousands of pictures: all at once
             os.replace(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)   # nothing is left of it after a success
 
 
-def _fill_folder(folder, task, settings, plan, draw, trace, preview, show):
+def _fill_folder(folder, task, settings, plan, draw, trace, preview, show, taught):
     seed, taken, splits = settings["seed"], set(), {}
     with tqdm(total=sum(map(len, plan.values())), desc=task, unit="picture", disable=not show) as bar:
         for split, wanted in plan.items():
@@ -624,7 +624,7 @@ def _fill_folder(folder, task, settings, plan, draw, trace, preview, show):
                 image.save(folder / record["image"], compress_level=1)
                 splits[split].append(record)
                 bar.update()
-    order, rng = list(splits["train"]), random.Random(f"{seed} sft")
+    order, rng = [record for record in splits["train"] if taught(record)], random.Random(f"{seed} sft")
     rng.shuffle(order)
     splits["sft"] = [trace(i, record, rng) for i, record in enumerate(order[:settings["sft_traces"]])]
     sums = {}
@@ -663,7 +663,7 @@ def _preview(folder, record):
 # for. `text`: words and numbers, 400 to 900 pixels along the longer side, for real VLMs. A box is [x0, y0, x1, y1] in pixels, half open:
 # exactly the pixels of the target's fill.
 
-POINTS = 20   # coordinates of the embedded model run from 0 to 20 along each side
+STEP, MOST = 8, 32   # the embedded model counts coordinates in steps of 8 pixels, half a visual token, up to 32
 
 
 RED, BLUE, HAIR = (225, 25, 30), (30, 60, 235), (0, 225, 40)   # marked columns and bars, marked rows, drawn points: the same in every look
@@ -678,18 +678,19 @@ class Style:
     bar: tuple
     rules: str = None  # grid, rows or none
     zebra: bool = None
-    mirrored: bool = False   # a table's row headers are at the right
+    corner: str = "top left" # of a table, where its two headers meet
     chart: str = "bars"      # bars, sideways or points
     bitmap: bool = False     # Pillow's bitmap font
 
 
+CORNERS = ("top left", "top right", "bottom left", "bottom right")
 # Training sees "paper" and the random MIXES. The others ask whether a skill survives a change of picture: other colours,
-# row headers at the other side, charts of a type never trained on.
+# headers at a corner and charts of a type never trained on.
 STYLES = {
     "paper": Style((252, 252, 250), (60, 60, 66), (206, 216, 228), (120, 160, 150)),
-    "slate": Style((34, 40, 52), (200, 206, 216), (66, 78, 100), (120, 130, 190), "none", True, True, "sideways"),
-    "sand": Style((240, 222, 184), (96, 64, 40), (206, 176, 128), (170, 110, 70), "rows", False, False, "points"),
-    "print": Style((255, 255, 255), (0, 0, 0), (225, 225, 225), (180, 180, 180), "grid", False, True, "sideways", True),
+    "slate": Style((34, 40, 52), (200, 206, 216), (66, 78, 100), (120, 130, 190), "none", True, "bottom right", "sideways"),
+    "sand": Style((240, 222, 184), (96, 64, 40), (206, 176, 128), (170, 110, 70), "rows", False, "top right", "points"),
+    "print": Style((255, 255, 255), (0, 0, 0), (225, 225, 225), (180, 180, 180), "grid", False, "bottom left", "sideways", True),
 }
 
 
@@ -702,7 +703,7 @@ def style_of(name):
         raise UserError(f"unknown look {name!r}")
     rng, used = random.Random(f"style {name}"), [RED, BLUE, HAIR]
     page, head, bar = (far_colour(rng, used) for _ in range(3))
-    return Style(page, _ink_on(page), head, bar)
+    return Style(page, _ink_on(page), head, bar, corner=rng.choice(CORNERS[:3]), chart=rng.choice(("bars", "sideways")))
 
 
 def _ink_on(colour):
@@ -764,31 +765,31 @@ def table_figure(rng, size, look, kind):
     (rows, columns), style, text = size, style_of(look), kind == "text"
     rules = style.rules or rng.choice(("grid", "rows", "none"))
     zebra = rng.random() < 0.5 if style.zebra is None else style.zebra
-    head = columns if style.mirrored else 0   # where the row headers are
-    body = [c for c in range(columns + 1) if c != head]
-    row, column = rng.randint(1, rows), rng.choice(body)
+    top, head = rows if "bottom" in style.corner else 0, columns if "right" in style.corner else 0   # where the headers are
+    lines, body = [r for r in range(rows + 1) if r != top], [c for c in range(columns + 1) if c != head]
+    row, column = rng.choice(lines), rng.choice(body)
     if text:
         font = _font_of(style, rng.randint(14, 20) if columns < 8 else rng.randint(12, 14))
-        labels = {(r, head): name for r, name in enumerate(rng.sample(CITIES, rows), 1)}
-        labels |= {(0, c): name for c, name in zip(body, rng.sample(MONTHS, columns))}
+        labels = {(r, head): name for r, name in zip(lines, rng.sample(CITIES, rows))}
+        labels |= {(top, c): name for c, name in zip(body, rng.sample(MONTHS, columns))}
         for c in body:
             form, most = rng.choice(("{:.0f}", "{:.1f}", "{:,.0f}")), 10 ** rng.randint(2, 4)
-            labels |= {(r, c): form.format(rng.uniform(0, most)) for r in range(1, rows + 1)}
+            labels |= {(r, c): form.format(rng.uniform(0, most)) for r in lines}
         need = [max(math.ceil(font.getlength(labels.get((r, c), ""))) for r in range(rows + 1)) for c in range(columns + 1)]
         spare = max(424, min(870, sum(need) + (columns + 1) * rng.randint(16, 60))) - sum(need)
         widths = [n + spare // (columns + 1) + rng.randint(-2, 2) for n in need]
         heights = [font.getbbox("Ag")[3] + rng.randint(10, 20)] * (rows + 1)
         align = rng.choice((0.5, 0.9))
-        question = f"Point at the cell in row '{labels[row, head]}' and column '{labels[0, column]}'."
+        question = f"Point at the cell in row '{labels[row, head]}' and column '{labels[top, column]}'."
     else:
         heights, widths = [CELL] * (rows + 1), [1]
         while sum(widths) % CELL:   # the whole picture is whole visual tokens
             widths = [rng.choice((16, 16, 32)) for _ in range(columns + 1)]
-        dashes = {(r, c): (rng.randint(2, 4), rng.randint(6, 10)) for r in range(1, rows + 1) for c in body}
+        dashes = {(r, c): (rng.randint(2, 4), rng.randint(6, 10)) for r in lines for c in body}
         question = "find the cell"
-    marks = {(0, column): RED, (row, head): BLUE}
+    marks = {(top, column): RED, (row, head): BLUE}
     if not text:
-        for cell in rng.sample([(r, c) for r in range(1, rows + 1) for c in body if (r, c) != (row, column)], rng.randint(0, 3)):
+        for cell in rng.sample([(r, c) for r in lines for c in body if (r, c) != (row, column)], rng.randint(0, 3)):
             marks[cell] = rng.choice((RED, BLUE))
     xs, ys = ([sum(part[:i]) for i in range(len(part) + 1)] for part in (widths, heights))
     place = lambda r, c: (xs[c] + (rules == "grid"), ys[r] + (rules != "none"), xs[c + 1], ys[r + 1])   # a cell without its rules
@@ -798,7 +799,7 @@ def table_figure(rng, size, look, kind):
         draw = ImageDraw.Draw(image)
         for r in range(rows + 1):
             for c in range(columns + 1):
-                colour = style.head if r == 0 or c == head else _near(style.page) if zebra and r % 2 else style.page
+                colour = style.head if r == top or c == head else _near(style.page) if zebra and r % 2 else style.page
                 if not text:
                     colour = marks.get((r, c), colour)
                 if fill and (r, c) == (row, column):
@@ -812,14 +813,14 @@ def table_figure(rng, size, look, kind):
                     _block(draw, (xs[c] + at, ys[r] + 8, xs[c] + at + long, ys[r] + 10), style.ink)
         return image
 
-    inside = [(r, c) for r in range(1, rows + 1) for c in body if (r, c) != (row, column)]
+    inside = [(r, c) for r in lines for c in body if (r, c) != (row, column)]
     inside.sort(key=lambda cell: ((cell[0] != row) + (cell[1] != column), math.dist(cell, (row, column))))
-    near = [place(*cell) for cell in inside[:4]] + [place(0, column), place(row, head)]
+    near = [place(*cell) for cell in inside[:4]] + [place(top, column), place(row, head)]
     middle = lambda edges, index: (edges[index] + edges[index + 1]) / 2
     strips = tuple((c == column, (xs[c], 0, xs[c + 1], ys[-1])) for c in body)
-    strips += tuple((r == row, (0, ys[r], xs[-1], ys[r + 1])) for r in range(1, rows + 1))
+    strips += tuple((r == row, (0, ys[r], xs[-1], ys[r + 1])) for r in lines)
     return Figure(paint, question, place(row, column), tuple(near), tuple(middle(xs, c) for c in body),
-                  tuple(middle(ys, r) for r in range(1, rows + 1)), strips=strips)
+                  tuple(middle(ys, r) for r in lines), strips=strips)
 
 
 def _heights(rng, count, most, gap):
@@ -972,13 +973,17 @@ def _figure_plan(task, kind, train, test, dev):
     return plan | {"train": items(train, small, trained)}
 
 
-def make_figures(folder, task, *, kind, seed, train, sft_traces, test, dev, progress=True):
+def make_figures(folder, task, *, kind, seed, train, sft_traces, held_back, test, dev, progress=True):
     """Write all splits, previews and data.json of the task `table` or `chart` into `folder`, unless it is there.
 
-    No picture is in two test, dev or train files; SFT uses training pictures.
+    No picture is in two test, dev or train files; SFT uses training pictures, but none of the largest `held_back` sizes.
     """
-    if sft_traces > train:
-        raise UserError(f"points.sft_traces={sft_traces} needs as many training pictures, not points.train={train}")
+    plan, most = _figure_plan(task, kind, train, test, dev), SIZES[task, kind][0][-1 - held_back]
+    taught = lambda record: np.max(record["cells"]) <= most   # rows and columns, or bars
+    enough = sum(taught({"cells": size}) for size, _ in plan["train"])
+    if sft_traces > enough:
+        raise UserError(f"points.sft_traces={sft_traces} needs as many training pictures of the sizes that are demonstrated; of "
+                        f"points.train={train} these are {enough}: raise points.train, or lower points.held_back")
 
     def draw(split, wanted, rng, taken):
         for i, (size, look) in enumerate(wanted):
@@ -993,11 +998,11 @@ def make_figures(folder, task, *, kind, seed, train, sft_traces, test, dev, prog
             taken.add(key)
             name = f"{split}-{i:04d}"
             yield {"id": name, "image": f"images/{name}.png", "size": image.size, "question": figure.question, "box": figure.box,
-                   "look": look, "near": figure.near if split == "train" else ()}, image
+                   "look": look, "cells": size, "near": figure.near if split == "train" else ()}, image
 
     trace = lambda index, record, rng: point_trace(record, index, rng)
-    settings = {"kind": kind, "seed": seed, "train": train, "sft_traces": sft_traces, "test": test, "dev": dev}
-    make_folder(folder, task, settings, _figure_plan(task, kind, train, test, dev), draw, trace, _figure_preview, progress)
+    settings = {"kind": kind, "seed": seed, "train": train, "sft_traces": sft_traces, "held_back": held_back, "test": test, "dev": dev}
+    make_folder(folder, task, settings, plan, draw, trace, _figure_preview, progress, taught)
 
 
 def _figure_preview(folder, record):
@@ -1054,7 +1059,7 @@ def point_turns(task, record):
     box, wrongs = record["box"], []
     right = task.attempt(record, ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
     if not task.exact(record, right):
-        raise UserError(f"{record['image']}: no point of the scale lies in the box {box}; raise points.scale")
+        raise UserError(f"{record['image']}: no point of the scale lies in the box {box}; raise points.scale, or with scale 0 lower points.step")
     for point in record["wrong"]:
         attempt = task.attempt(record, point)
         apart = not any(task.same(attempt, other) for other in (right, *wrongs))
@@ -1143,7 +1148,7 @@ def own_points(file, seed, sft_traces, show):
 VOCABULARY = """user assistant system up down left right ice hole elf gift path crash start found
                 edge short past longer find the check it say cells""".split()
 POINTING = ["point", "columns", "rows", "bars", "cell", "tallest", "shortest", "marked", "plain", "here",
-            *map(str, range(POINTS + 1))]
+            *map(str, range(MOST + 1))]
 CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}{% if c.type == 'image' %}"
         "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n"
         "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -1171,7 +1176,7 @@ def build_embedded(seed, more=()):
     rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5], mrope_interleaved=True)
     config = transformers.Qwen3VLConfig(
         text_config=dict(
-            vocab_size=72 if more else 64, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
+            vocab_size=88 if more else 64, hidden_size=128, intermediate_size=256, num_hidden_layers=4, num_attention_heads=4,
             num_key_value_heads=2, head_dim=32, max_position_embeddings=4096, initializer_range=0.06,
             tie_word_embeddings=True, rope_parameters=rope),
         vision_config=dict(
@@ -1239,7 +1244,7 @@ def see_talk(rng, pictures, sizes=(3, 4, 5, 6, 7), looks=(*LOOKS, *MIXES), cell=
 def point_talk(rng, pictures):
     """A conversation about one table or chart that teaches to see, and nothing about solving: [(image, question, answer), ...].
 
-    What is asked for: where a drawn point is, where the columns or rows are, how high the bars reach, in 20ths of the side; and
+    What is asked for: where a drawn point is, where the columns or rows are, how high the bars reach, in steps of 8 pixels; and
     of each column, row or bar whether it is marked, and whether the point lies on it ("here", if marked "found"). Sizes and looks
     are those of all splits. From the second picture on a point is drawn, as it is in feedback.
     """
@@ -1248,25 +1253,24 @@ def point_talk(rng, pictures):
     size = rng.choice(range(small[0], large[-1] + 1))
     figure = FIGURES[task](rng, (size, rng.choice((*small, *large))) if task == "table" else size, look, "embedded")
     plain = figure.paint()
-    unit = lambda p, side: math.ceil(p / side * POINTS - 0.5)
-    along = lambda places, side: " ".join(str(unit(p, side)) for p in places)
+    unit = lambda p: math.ceil(p / STEP - 0.5)
+    along = lambda places: " ".join(str(unit(p)) for p in places)
     width, height = plain.size
     asked = ["say the cells"] * 2 + ["say the point"] * 3
     asked += ["say the columns"] * bool(figure.columns) + ["say the rows"] * bool(figure.rows) + ["say the bars"] * bool(figure.ends)
     for n in range(pictures):
         image, question, point = plain, rng.choice(asked), (-1, -1)
         if question == "say the point" or n or rng.random() < 0.5:
-            units = rng.randint(0, POINTS), rng.randint(0, POINTS)
+            units = rng.randint(0, width // STEP), rng.randint(0, height // STEP)
             if rng.random() < 0.5:   # on a cell or bar
                 x0, y0, x1, y1 = rng.choice((figure.box, *figure.near))
-                units = unit((x0 + x1) / 2, width), unit((y0 + y1) / 2, height)
-            point = units[0] / POINTS * width, units[1] / POINTS * height
+                units = unit((x0 + x1) / 2), unit((y0 + y1) / 2)
+            point = units[0] * STEP, units[1] * STEP
             image = draw_point(plain, point)
         word = lambda marked, here: ("found" if marked else "here") if here else ("marked" if marked else "plain")
         answers = {"say the cells": lambda: " ".join(word(marked, inside(box, point)) for marked, box in figure.strips),
                    "say the point": lambda: f"{units[0]} {units[1]}",
-                   "say the columns": lambda: along(figure.columns, width), "say the rows": lambda: along(figure.rows, height),
-                   "say the bars": lambda: along(figure.ends, height if figure.columns else width)}
+                   "say the columns": lambda: along(figure.columns), "say the rows": lambda: along(figure.rows), "say the bars": lambda: along(figure.ends)}
         talk.append((image, question, answers[question]()))
     return talk
 

@@ -432,14 +432,28 @@ FIGURES = [(task, kind) for task in ("table", "chart") for kind in ("embedded", 
 @pytest.fixture(scope="session")
 def pointing(home):
     """The tasks of every kind of picture, by (task, kind)."""
-    return {(name, kind): POINTING[name](settings(home, f"task={name}", f"points.kind={kind}", f"points.scale={20 if kind == 'embedded' else 1000}",
+    return {(name, kind): POINTING[name](settings(home, f"task={name}", f"points.kind={kind}", *(["points.scale=1000", "points.apart=0.045"] if kind == "text" else []),
                                                   "points.test=12", "points.dev=8"), show=False) for name, kind in FIGURES}
+
+
+def drawn_size(name, image, style):
+    """How many rows an embedded table has, or how many bars or points a chart, counted in its pixels."""
+    pixels = np.asarray(image)
+    shown = lambda *colours: np.any([(pixels == colour).all(-1) for colour in colours], 0)
+    if name == "table":
+        head = shown(style.head)
+        ys = np.nonzero(shown(style.head, data_prep.BLUE)[:, head.sum(0).argmax()])[0]
+        return round((ys.max() + 1 - ys.min()) / 16) - 1
+    bars = shown(style.bar, data_prep.RED).any(1 if style.chart == "sideways" else 0).astype(int)
+    return (np.diff(np.pad(bars, 1)) == 1).sum()
 
 
 def pixels_inside(task, example):
     """Attempts whose pixel lies in the box, found by walking over the pixels that the box covers."""
-    (width, height), (x0, y0, x1, y1), scale = example["size"], example["box"], task.cfg.scale
-    return {(x, y) for x in range(scale + 1) for y in range(scale + 1) if x0 <= x * width / scale < x1 and y0 <= y * height / scale < y1}
+    (width, height), (x0, y0, x1, y1) = example["size"], example["box"]
+    across, down = (task.cfg.scale / width, task.cfg.scale / height) if task.cfg.scale else (1 / 8, 1 / 8)   # units a pixel
+    return {(x, y) for x in range(33 if not task.cfg.scale else task.cfg.scale + 1) for y in range(33 if not task.cfg.scale else task.cfg.scale + 1)
+            if x0 <= x / across < x1 and y0 <= y / down < y1}
 
 
 @pytest.mark.parametrize("name, kind", FIGURES)
@@ -457,15 +471,23 @@ def test_a_box_is_exactly_the_pixels_of_its_target(name, kind, look):
         assert not any(max(a[0], figure.box[0]) < min(a[2], figure.box[2]) and max(a[1], figure.box[1]) < min(a[3], figure.box[3]) for a in figure.near)
 
 
-def test_an_embedded_table_asks_for_the_cell_where_the_marks_of_its_headers_meet():
-    rng = random.Random(0)
-    for _ in range(40):
-        figure = data_prep.table_figure(rng, (rng.randint(3, 7), rng.randint(3, 7)), "paper", "embedded")
+@pytest.mark.parametrize("look", [*data_prep.STYLES, "mix00", "mix01", "mix02", "mix03", "mix04"])
+def test_an_embedded_table_asks_for_the_cell_where_the_marks_of_its_headers_meet(look):
+    rng, shown = random.Random(0), lambda pixels, colour: (pixels == colour).all(-1)
+    for _ in range(20):
+        figure = data_prep.table_figure(rng, (rng.randint(3, 7), rng.randint(3, 7)), look, "embedded")
         pixels = np.asarray(figure.paint())
-        xs = np.nonzero((pixels[4] == data_prep.RED).all(-1))[0]
-        ys = np.nonzero((pixels[:, 4] == data_prep.BLUE).all(-1))[0]
+        head = shown(pixels, data_prep.style_of(look).head)
+        xs = np.nonzero(shown(pixels[head.sum(1).argmax()], data_prep.RED))[0]   # in the row of headers
+        ys = np.nonzero(shown(pixels[:, head.sum(0).argmax()], data_prep.BLUE))[0]
         assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == figure.box
         assert pixels.shape[0] % 16 == 0 and pixels.shape[1] % 16 == 0
+
+
+def test_training_shows_headers_at_three_corners_and_two_types_of_chart():
+    styles = [data_prep.style_of(name) for name in ("paper", *data_prep.MIXES)]
+    assert {s.corner for s in styles} == set(data_prep.CORNERS[:3]) and {s.chart for s in styles} == {"bars", "sideways"}
+    assert {data_prep.STYLES[name].corner for name in ("slate", "sand", "print")} == set(data_prep.CORNERS[1:])
 
 
 def test_an_embedded_chart_asks_for_the_bar_that_is_tallest_shortest_or_marked():
@@ -473,7 +495,7 @@ def test_an_embedded_chart_asks_for_the_bar_that_is_tallest_shortest_or_marked()
     for _ in range(60):
         figure = data_prep.chart_figure(rng, rng.randint(3, 8), "paper", "embedded")
         pixels, word = np.asarray(figure.paint()), figure.question.split()[-1]
-        bars = ((pixels == style.bar) | (pixels == data_prep.RED)).all(-1)
+        bars = (pixels == style.bar).all(-1) | (pixels == data_prep.RED).all(-1)
         high = {x: int(bars[:, x].sum()) for x in np.nonzero(bars.any(0))[0]}
         x0, y0, x1, y1 = figure.box
         rest = [h for x, h in high.items() if not x0 <= x < x1]
@@ -485,7 +507,7 @@ def test_an_embedded_chart_asks_for_the_bar_that_is_tallest_shortest_or_marked()
 
 @pytest.mark.parametrize("name", POINTING)
 def test_the_same_seed_makes_the_same_figures_and_another_does_not(tmp_path, name):
-    made = dict(kind="embedded", train=40, sft_traces=16, test=4, dev=4, progress=False)
+    made = dict(kind="embedded", train=40, sft_traces=16, held_back=1, test=4, dev=4, progress=False)
     for folder, seed in (("a", 1), ("b", 1), ("c", 2)):
         data_prep.make_figures(tmp_path / folder, name, seed=seed, **made)
     a, b, c = (contents(tmp_path / folder) for folder in "abc")
@@ -504,13 +526,22 @@ def test_splits_of_figures_are_disjoint_and_have_their_sizes_and_looks(pointing,
             image = task.image(e)
             assert image.size == tuple(e["size"]) and 0 <= e["box"][0] < e["box"][2] <= image.width and 0 <= e["box"][1] < e["box"][3] <= image.height
             assert kind == "embedded" or 400 <= max(image.size) <= 900
-            if (name, kind) == ("table", "embedded"):
-                assert image.height // 16 - 1 in ((6, 7) if part in ("size", "both") else (3, 4, 5))
-            if (name, kind) == ("chart", "embedded") and e["look"] in ("paper", "sand"):
-                assert image.width // 16 - 1 in ((6, 7, 8) if part in ("size", "both") else (3, 4, 5))
+            small, large = data_prep.SIZES[name, kind]
+            assert set(np.ravel(e["cells"])) <= set(large if part in ("size", "both") else small)
+            if kind == "embedded":
+                assert drawn_size(name, image, data_prep.style_of(e["look"])) == np.ravel(e["cells"])[0]
         seen += [(image.size, image.tobytes()) for image in map(task.image, examples)]
     assert len(set(seen)) == len(seen)
     assert {e["image"] for e in task.load("sft")} <= {e["image"] for e in task.load("train")}
+
+
+@pytest.mark.parametrize("name", POINTING)
+def test_demonstrations_leave_out_the_largest_trained_sizes(capsys, home, pointing, name):
+    cells = lambda task, split: {n for e in task.load(split) for n in np.ravel(e["cells"])}
+    assert cells(pointing[name, "embedded"], "train") == {3, 4, 5} and cells(pointing[name, "embedded"], "sft") == {3, 4}
+    words = lambda *more: settings(home, f"task={name}", *more)
+    assert cells(POINTING[name](words("points.held_back=0"), show=False), "sft") == {3, 4, 5}
+    assert "points.sft_traces=60" in (said := fails(capsys, [], lambda _: POINTING[name](words("points.sft_traces=60"), show=False))) and "points.held_back" in said
 
 
 @pytest.mark.parametrize("name, kind", FIGURES)
@@ -535,9 +566,9 @@ def test_pointing_is_exact_in_the_box_and_progress_falls_with_the_distance(point
     for e in task.load("test_both"):
         good, longer = pixels_inside(task, e), max(e["size"])
         assert good
-        for attempt in itertools.product(range(21), repeat=2):
+        for attempt in itertools.product(range(33), repeat=2):
             assert task.exact(e, attempt) == (attempt in good)
-            point = [a / 20 * side for a, side in zip(attempt, e["size"])]
+            point = [8 * a for a in attempt]
             distance = math.dist(point, np.clip(point, e["box"][:2], e["box"][2:])) / longer
             assert task.progress(e, attempt) == pytest.approx(1 if attempt in good else min(0.99, max(0, 1 - distance / 0.5)))
         assert task.attempt(e, ((e["box"][0] + e["box"][2]) / 2, (e["box"][1] + e["box"][3]) / 2)) in good
@@ -550,20 +581,20 @@ def test_points_closer_than_the_setting_are_the_same_attempt(pointing):
 
 
 @pytest.mark.parametrize("text, attempt", [
-    ("3 14", (3, 14)), ("3,14", (3, 14)), ("(3, 14)", (3, 14)), (" ( 3 14 ) ", (3, 14)), ("0 20", (0, 20)), ("21 3", None), ("3 21", None),
+    ("3 14", (3, 14)), ("3,14", (3, 14)), ("(3, 14)", (3, 14)), (" ( 3 14 ) ", (3, 14)), ("0 1000", (0, 1000)), ("1001 3", None), ("3 1001", None),
     ("3", None), ("3 4 5", None), ("-3 4", None), ("3.5 4", None), ("x y", None), ("", None), ("3 14 down", None), ("٣ 4", None), ("9" * 400 + " 1", None),
 ])
 def test_a_point_is_parsed_only_inside_its_scale(pointing, text, attempt):
-    assert pointing["chart", "embedded"].parse(text) == attempt
+    assert pointing["chart", "text"].parse(text) == attempt
 
 
 @pytest.mark.parametrize("name, kind", FIGURES)
 def test_a_drawn_point_is_seen_in_every_look_and_each_point_differently(pointing, name, kind):
     task = pointing[name, kind]
-    end = task.cfg.scale
     for e in [*task.load("train")[:8], *task.load("test_look")]:
         plain, drawn = np.asarray(task.image(e)).astype(int), set()
-        for attempt in [(0, 0), (end, end), (end // 2, end // 2), (end // 4, end // 2), (end // 2, 0), (end, 0)]:
+        right, low = map(int, task.ends(e))
+        for attempt in [(0, 0), (right, low), (right // 2, low // 2), (right // 4, low // 2), (right // 2, 0), (right, 0)]:
             feedback = task.feedback(e, attempt)
             there = np.abs(np.asarray(feedback).astype(int) - plain).max(-1) > 60
             assert feedback.size == task.image(e).size and there.sum() >= 8
@@ -591,7 +622,7 @@ def test_a_crop_is_of_its_size_inside_the_image_and_shows_the_mark(pointing):
 
 def test_with_scale_0_coordinates_are_pixels_of_the_image_as_the_model_sees_it(home, policy):
     fresh_policy(policy.cfg)
-    task = vrrl.Table(settings(home, "task=table", "points.kind=text", "points.scale=0", f"model={home / 'data' / 'random-model'}"), show=False)
+    task = vrrl.Table(settings(home, "task=table", "points.kind=text", "points.step=1", f"model={home / 'data' / 'random-model'}"), show=False)
     for e in task.load("test_id"):
         seen = policy.picture(task.image(e)).pixels  # resized to whole visual tokens
         attempt = task.attempt(e, ((e["box"][0] + e["box"][2]) / 2, (e["box"][1] + e["box"][3]) / 2))
@@ -627,11 +658,10 @@ def test_pointing_lessons_say_what_is_in_the_picture_and_are_of_all_sizes():
                 heres += words["here"] + words["found"]
                 continue
             numbers = [int(word) for word in answer.split()]
-            assert image.width % 16 == image.height % 16 == 0 and all(0 <= v <= 20 for v in numbers)
+            assert image.width % 16 == image.height % 16 == 0 and all(0 <= v <= min(max(image.size) / 8, data_prep.MOST) for v in numbers)
             if question == "say the point":
-                again = Image.new("RGB", image.size)
-                x, y = (min(int(v / 20 * side), side - 1) for v, side in zip(numbers, image.size))
-                assert image.getpixel((x, y)) == data_prep.HAIR and again.size == image.size
+                x, y = (min(8 * v, side - 1) for v, side in zip(numbers, image.size))
+                assert image.getpixel((x, y)) == data_prep.HAIR
             elif question != "say the bars":
                 assert numbers == sorted(numbers) and 3 <= len(numbers) <= 8
     assert {h for _, h in shapes} >= {64, 80, 96, 112, 128} and heres > 50

@@ -176,7 +176,7 @@ class Points:
     Table and Chart only say where other data come from.
 
     An attempt is (x, y), two integers in the model's own convention: from 0 to `points.scale` along each side of the image, or
-    with scale 0 pixels of the image as the model sees it. Feedback is the image, or a crop of it, with the point drawn.
+    with scale 0 in steps of `points.step` pixels of the image as the model sees it. Feedback is the image, or a crop of it, with the point drawn.
     """
 
     SPLITS = ("id",)
@@ -215,7 +215,9 @@ class Points:
 
     def ends(self, example):
         """How far coordinates run along each side, in the model's own convention."""
-        return (self.cfg.scale, self.cfg.scale) if self.cfg.scale else size_seen(example["size"], self.processor)
+        if self.cfg.scale:
+            return self.cfg.scale, self.cfg.scale
+        return tuple(side / self.cfg.step for side in size_seen(example["size"], self.processor))
 
     def pixel(self, example, attempt):
         """An attempt in pixels of the image."""
@@ -238,7 +240,7 @@ class Points:
 
     def same(self, attempt, other):
         """Closer than `points.apart`, in shares of the sides (with scale 0, of 1000 pixels): a jitter is not a new attempt."""
-        return math.dist(attempt, other) < self.cfg.apart * (self.cfg.scale or 1000)
+        return math.dist(attempt, other) < self.cfg.apart * (self.cfg.scale or 1000 / self.cfg.step)
 
     def feedback(self, example, attempt):
         """The image, or a crop of it, with the point drawn."""
@@ -247,13 +249,13 @@ class Points:
 
 
 class Table(Points):
-    """Tables: the cell in a given row and column. `size` has more rows and columns than trained on, `look` other colours, rules and sides of the headers."""
+    """Tables: the cell in a given row and column. `size` has more rows and columns than trained on, `look` other colours, rules and places of the headers."""
 
     SPLITS = Navigation.SPLITS
     FIGURE = "table"
 
     def open(self, cfg, show):
-        made = {k: getattr(cfg.points, k) for k in ("kind", "seed", "train", "sft_traces", "test", "dev")}
+        made = {k: getattr(cfg.points, k) for k in ("kind", "seed", "train", "sft_traces", "held_back", "test", "dev")}
         folder = Path(cfg.data) / f"{self.FIGURE}-{data_prep.key_of(made)}"
         data_prep.make_figures(folder, self.FIGURE, **made, progress=show)
         return folder, {}
