@@ -684,8 +684,8 @@ class Style:
 
 
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
-# Training sees "paper" and the random MIXES. The others ask whether a skill survives a change of picture: other colours,
-# headers at a corner and charts of a type never trained on.
+# Training sees "paper" and the random MIXES. The others ask whether a skill survives a change of picture: all have other
+# colours, slate also headers at a corner, and sand charts of a type, never trained on.
 STYLES = {
     "paper": Style((252, 252, 250), (60, 60, 66), (206, 216, 228), (120, 160, 150)),
     "slate": Style((34, 40, 52), (200, 206, 216), (66, 78, 100), (120, 130, 190), "none", True, "bottom right", "sideways"),
@@ -965,7 +965,7 @@ def _figure_plan(task, kind, train, test, dev):
 
     def items(count, sizes, looks):
         pairs = [(r, c) for r in sizes for c in sizes] if task == "table" else list(sizes)
-        return [(pairs[i % len(pairs)], looks[(i + i // len(pairs)) % len(looks)]) for i in range(count)]   # every pair of both
+        return [(pairs[i % len(pairs)], looks[(i + i // math.lcm(len(pairs), len(looks))) % len(looks)]) for i in range(count)]   # every size in every look
 
     for part, count in (("test", test), ("dev", dev)):
         for split, sizes, looks in (("id", small, ["paper"]), ("size", large, ["paper"]), ("look", small, others), ("both", large, others)):
@@ -1038,7 +1038,7 @@ def wrong_points(record, rng, count=16):
         if record.get("near") and kind < 0.6:
             box = rng.choice(record["near"])
             point = [(box[0] + box[2]) / 2, (box[1] + box[3]) / 2]
-        elif kind < 0.8:   # beside the box, up to its own size away
+        elif kind < 0.8:   # beside the box, up to half its size away
             point = [rng.uniform(1.5 * x0 - 0.5 * x1, 1.5 * x1 - 0.5 * x0), rng.uniform(1.5 * y0 - 0.5 * y1, 1.5 * y1 - 0.5 * y0)]
         else:
             point = [rng.uniform(0, width), rng.uniform(0, height)]
@@ -1049,7 +1049,7 @@ def wrong_points(record, rng, count=16):
 
 
 def point_trace(record, index, rng):
-    """An SFT record: how many wrong attempts its trace shows, and points to choose them from."""
+    """An SFT record: how many wrong attempts its trace shows at most, and points to choose them from."""
     record = {**record, "id": f"sft-{index:04d}", "count": _wrong_count(index, rng), "wrong": wrong_points(record, rng)}
     return {key: value for key, value in record.items() if key != "near"}
 
@@ -1246,7 +1246,7 @@ def point_talk(rng, pictures):
 
     What is asked for: where a drawn point is, where the columns or rows are, how high the bars reach, in steps of 8 pixels; and
     of each column, row or bar whether it is marked, and whether the point lies on it ("here", if marked "found"). Sizes and looks
-    are those of all splits. From the second picture on a point is drawn, as it is in feedback.
+    are those of all splits. From the second picture on a point is drawn, as it is in feedback. It is never asked where the target is.
     """
     task = rng.choice(list(FIGURES))
     look, (small, large), talk = rng.choice((*STYLES, *MIXES)), SIZES[task, "embedded"], []

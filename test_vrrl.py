@@ -535,6 +535,17 @@ def test_splits_of_figures_are_disjoint_and_have_their_sizes_and_looks(pointing,
     assert {e["image"] for e in task.load("sft")} <= {e["image"] for e in task.load("train")}
 
 
+@pytest.mark.parametrize("name, kind", FIGURES)
+def test_every_size_is_drawn_in_every_look(name, kind):
+    plan, (small, large) = data_prep._figure_plan(name, kind, 8000, 250, 150), data_prep.SIZES[name, kind]
+    sizes = lambda part: set(itertools.product(part, part)) if name == "table" else set(part)
+    for split, items in plan.items():
+        shown = Counter(items)
+        assert set(shown) == set(itertools.product(sizes(large if split.endswith(("size", "both")) else small), {look for _, look in items}))
+        assert max(shown.values()) - min(shown.values()) <= max(2, len(items) // 20) or split == "train"
+    assert {look for _, look in plan["train"]} > {"paper", "mix01", "mix39"}
+
+
 @pytest.mark.parametrize("name", POINTING)
 def test_demonstrations_leave_out_the_largest_trained_sizes(capsys, home, pointing, name):
     cells = lambda task, split: {n for e in task.load(split) for n in np.ravel(e["cells"])}

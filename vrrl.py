@@ -208,7 +208,7 @@ class Points:
         return data_prep.cached_image(self.folder / example["image"])
 
     def parse(self, text):
-        """'3 14', '3, 14' or '(3, 14)' -> (3, 14); None for anything else, or beyond the scale."""
+        """'3 14', '3, 14' or '(3, 14)' -> (3, 14); None for anything else, or beyond the scale (with scale 0, beyond any image). A point outside the image is drawn at its edge."""
         found = re.fullmatch(r"\s*\(?\s*(\d{1,5})\s*[,\s]\s*(\d{1,5})\s*\)?\s*", text, re.A)
         attempt = found and tuple(map(int, found.groups()))
         return attempt if attempt and max(attempt) <= (self.cfg.scale or data_prep.MAX_SIDE) else None
@@ -240,7 +240,7 @@ class Points:
 
     def same(self, attempt, other):
         """Closer than `points.apart`, in shares of the sides (with scale 0, of 1000 pixels): a jitter is not a new attempt."""
-        return math.dist(attempt, other) < self.cfg.apart * (self.cfg.scale or 1000 / self.cfg.step)
+        return attempt == other or math.dist(attempt, other) < self.cfg.apart * (self.cfg.scale or 1000 / self.cfg.step)
 
     def feedback(self, example, attempt):
         """The image, or a crop of it, with the point drawn."""
@@ -249,7 +249,7 @@ class Points:
 
 
 class Table(Points):
-    """Tables: the cell in a given row and column. `size` has more rows and columns than trained on, `look` other colours, rules and places of the headers."""
+    """Tables: the cell in a given row and column. `size` has more rows and columns than trained on, `look` other colours and, in one of three looks, headers at another corner."""
 
     SPLITS = Navigation.SPLITS
     FIGURE = "table"
@@ -262,7 +262,7 @@ class Table(Points):
 
 
 class Chart(Table):
-    """Charts: the bar or point that a question names. `size` has more of them, `look` other colours and types of chart."""
+    """Charts: the bar or point that a question names. `size` has more of them, `look` other colours and, in one of three looks, another type of chart."""
 
     FIGURE = "chart"
 
@@ -697,7 +697,7 @@ def resume(policy, task, example, spoken, force_think=False):
 
 def well_formed(task, turns, unfinished=False):
     """The protocol: turn 1 is an ANSWER without THINK; each revision has a THINK; no two ANSWERs are the same;
-    exactly one FINAL, last, without THINK, repeating the last ANSWER to the letter. `unfinished`: the FINAL may still come.
+    exactly one FINAL, last, without THINK, repeating the last ANSWER's attempt exactly (`same` is not enough). `unfinished`: the FINAL may still come.
     """
     attempts = []
     for turn in turns:
@@ -764,6 +764,7 @@ def reward(task, episode, cfg):
     p_t in [0, 1] is the progress of attempt t; `worse` below 1 (0.5 in the paper) also pays for going down and up again. Without
     reflection shaping reflection and revisions count 0. `unfinished` is 0 in the paper: a wrong answer that is committed in time
     then pays more than another attempt at the turn limit. Above 0, long conversations that solve nothing pay as well.
+    The embedded model points with form = bonus = 0 and unfinished = 0.3: there the turn limit pays more than a wrong commit.
     cfg: the section `reward` of the settings.
     """
     if not well_formed(task, episode.all_turns, unfinished=cfg.unfinished > 0):
