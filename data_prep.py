@@ -594,7 +594,7 @@ def make_folder(folder, task, settings, plan, draw, trace, preview, show, taught
 
     plan: {split: what to draw}. draw(split, wanted, rng, taken) yields (record, image), `taken` being a set that all splits
     share; trace(index, record, rng) makes an SFT record of a training record; preview(folder, record) gives (picture,
-    caption). The same settings give the same bytes.
+    caption); taught(record): whether a training record may become an SFT record. The same settings give the same bytes.
     """
     folder = Path(folder)
     if (folder / "data.json").is_file():
@@ -979,8 +979,8 @@ def make_figures(folder, task, *, kind, seed, train, sft_traces, held_back, test
     No picture is in two test, dev or train files; SFT uses training pictures, but none of the largest `held_back` sizes.
     """
     plan, most = _figure_plan(task, kind, train, test, dev), SIZES[task, kind][0][-1 - held_back]
-    taught = lambda record: np.max(record["cells"]) <= most   # rows and columns, or bars
-    enough = sum(taught({"cells": size}) for size, _ in plan["train"])
+    taught = lambda cells: np.max(cells) <= most   # rows and columns, or bars
+    enough = sum(taught(size) for size, _ in plan["train"])
     if sft_traces > enough:
         raise UserError(f"points.sft_traces={sft_traces} needs as many training pictures of the sizes that are demonstrated; of "
                         f"points.train={train} these are {enough}: raise points.train, or lower points.held_back")
@@ -1002,7 +1002,7 @@ def make_figures(folder, task, *, kind, seed, train, sft_traces, held_back, test
 
     trace = lambda index, record, rng: point_trace(record, index, rng)
     settings = {"kind": kind, "seed": seed, "train": train, "sft_traces": sft_traces, "held_back": held_back, "test": test, "dev": dev}
-    make_folder(folder, task, settings, plan, draw, trace, _figure_preview, progress, taught)
+    make_folder(folder, task, settings, plan, draw, trace, _figure_preview, progress, lambda record: taught(record["cells"]))
 
 
 def _figure_preview(folder, record):
@@ -1011,7 +1011,7 @@ def _figure_preview(folder, record):
     if record.get("count"):
         image = draw_point(image, record["wrong"][0])
     ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), outline=(255, 0, 255))
-    return image, f"{record['id']}: {record['question']}"[:46 if image.width > 300 else 24]
+    return image, f"{record['id']}: {record['question']}"[:46 if image.width > 300 else 34]
 
 
 def inside(box, point):

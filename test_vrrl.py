@@ -451,9 +451,9 @@ def drawn_size(name, image, style):
 def pixels_inside(task, example):
     """Attempts whose pixel lies in the box, found by walking over the pixels that the box covers."""
     (width, height), (x0, y0, x1, y1) = example["size"], example["box"]
-    across, down = (task.cfg.scale / width, task.cfg.scale / height) if task.cfg.scale else (1 / 8, 1 / 8)   # units a pixel
-    return {(x, y) for x in range(33 if not task.cfg.scale else task.cfg.scale + 1) for y in range(33 if not task.cfg.scale else task.cfg.scale + 1)
-            if x0 <= x / across < x1 and y0 <= y / down < y1}
+    end = task.cfg.scale or 32
+    across, down = (width / end, height / end) if task.cfg.scale else (8, 8)   # pixels of a step
+    return {(x, y) for x in range(end + 1) for y in range(end + 1) if x0 <= x * across < x1 and y0 <= y * down < y1}
 
 
 @pytest.mark.parametrize("name, kind", FIGURES)
@@ -542,7 +542,9 @@ def test_every_size_is_drawn_in_every_look(name, kind):
     for split, items in plan.items():
         shown = Counter(items)
         assert set(shown) == set(itertools.product(sizes(large if split.endswith(("size", "both")) else small), {look for _, look in items}))
-        assert max(shown.values()) - min(shown.values()) <= max(2, len(items) // 20) or split == "train"
+        if split == "train":   # whole rounds, and without "paper", which is every fourth look
+            shown = Counter(item for item in items[: len(items) // 360 * 360] if item[1] != "paper")
+        assert max(shown.values()) - min(shown.values()) <= 1
     assert {look for _, look in plan["train"]} > {"paper", "mix01", "mix39"}
 
 

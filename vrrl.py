@@ -41,7 +41,7 @@ Read it from top to bottom, in the order in which an episode lives:
 
 `data_prep.py` has what can be read later: making and drawing data, the cache and the attention for a CPU, optimizers, checkpoints, logs and reports.
 Run `python vrrl.py` for the default run, `python vrrl.py --help` for every setting. The default model, `assets/embedded`
-("the embedded model"), is a tiny Qwen3-VL for a CPU that has learnt to see and not to solve; `model=` takes a real one.
+("the embedded model"; for pointing `assets/embedded-points`), is a tiny Qwen3-VL for a CPU that has learnt to see and not to solve; `model=` takes a real one.
 """
 import copy
 import dataclasses
@@ -108,7 +108,8 @@ def read_config(words=(), file=HERE / "config.yaml"):
 
 # ==================== 2. Task =========================================================================
 # A task is a class with SPLITS, key, load, question, image, parse, exact, progress, same and feedback (and lesson, by which the embedded model
-# learns to see). A new one is a new class, a line in TASKS, and in config.yaml its name, its row and, if it has settings of its own, a section.
+# learns to see; Points has more, for data_prep.point_turns). A new one is a new class, a line in TASKS, and in config.yaml its name, its row
+# and, if it has settings of its own, a section.
 
 
 class Navigation:
@@ -183,7 +184,8 @@ class Points:
     lesson = staticmethod(data_prep.point_talk)
 
     def __init__(self, cfg, show=True):
-        self.cfg, self.processor = cfg.points, None if cfg.points.scale else data_prep.image_processor(source_of(cfg.model))
+        self.cfg = cfg.points
+        self.processor = None if cfg.points.scale else data_prep.image_processor(source_of(cfg.model))  # `ends` asks it what size the model sees
         self.folder, self.records = self.open(cfg, show)
         decides = {k: v for k, v in dataclasses.asdict(cfg.points).items() if k != "reach"}  # all but what only the reward reads
         self.key = data_prep.key_of([decides, self.folder.name, self.records])
@@ -208,7 +210,10 @@ class Points:
         return data_prep.cached_image(self.folder / example["image"])
 
     def parse(self, text):
-        """'3 14', '3, 14' or '(3, 14)' -> (3, 14); None for anything else, or beyond the scale (with scale 0, beyond any image). A point outside the image is drawn at its edge."""
+        """'3 14', '3, 14' or '(3, 14)' -> (3, 14); None for anything else, or beyond the scale.
+
+        With scale 0 only what lies beyond any image is refused; a point outside this one is drawn at its edge.
+        """
         found = re.fullmatch(r"\s*\(?\s*(\d{1,5})\s*[,\s]\s*(\d{1,5})\s*\)?\s*", text, re.A)
         attempt = found and tuple(map(int, found.groups()))
         return attempt if attempt and max(attempt) <= (self.cfg.scale or data_prep.MAX_SIDE) else None
@@ -249,7 +254,10 @@ class Points:
 
 
 class Table(Points):
-    """Tables: the cell in a given row and column. `size` has more rows and columns than trained on, `look` other colours and, in one of three looks, headers at another corner."""
+    """Tables: the cell in a given row and column.
+
+    `size` has more rows and columns than trained on, `look` other colours and, in one of three looks, headers at another corner.
+    """
 
     SPLITS = Navigation.SPLITS
     FIGURE = "table"
@@ -262,7 +270,7 @@ class Table(Points):
 
 
 class Chart(Table):
-    """Charts: the bar or point that a question names. `size` has more of them, `look` other colours and, in one of three looks, another type of chart."""
+    """Charts: the bar or point that a question names. `size` has more of them, `look` other colours and, in one of three looks, another type."""
 
     FIGURE = "chart"
 
