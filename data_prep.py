@@ -1501,7 +1501,7 @@ def draw_strip(path, rows, title="", side=150, most=6):
     """
     font, gap, edge, line = _font(12), 18, 4, 15
     box, columns = side + 2 * edge, max([1] + [min(most, len(row["images"])) for row in rows])
-    captions = [[_wrap(text, font, box, 5) for text in row["captions"][:most]] for row in rows]
+    captions = [[_wrap(text, font, box, 9) for text in row["captions"][:most]] for row in rows]
     pictures = [[_fit(image, side) for image in row["images"][:most]] for row in rows]
     highs = [max([p.height for p in row], default=0) + 2 * edge for row in pictures]
     heights = [26 + high + 6 + line * max([len(c) for c in row], default=0) + gap
@@ -1626,8 +1626,9 @@ def choose(task, episodes, count=6):
     """A few episodes worth looking at, farthest out of distribution first: repairs, a right first answer, a failure."""
     right = lambda e, turn: bool(e.attempts) and task.exact(e.example, e.attempts[turn])
     pool = [e for name in reversed(task.SPLITS) for e in episodes[name]]
-    repaired = [e for e in pool if not right(e, 0) and right(e, -1) and len(e.attempts) < 6]  # a strip holds 6
-    at_once, failed = [e for e in pool if right(e, 0) and e.committed], [e for e in pool if not right(e, -1)]
+    repaired = [e for e in pool if not right(e, 0) and right(e, -1) and e.committed and len(e.attempts) < 6]  # a strip holds 6
+    at_once = [e for e in pool if right(e, 0) and e.committed]
+    failed = sorted((e for e in pool if not right(e, -1)), key=lambda e: not e.attempts)  # there is more to see where an attempt was drawn
     spread = lambda found, n: found[:: max(1, len(found) // n)][:n]
     return [*spread(repaired, count - 2), *spread(at_once, 1), *spread(failed, 1)]
 
@@ -2467,7 +2468,7 @@ def memory_needed(model, cfg, device, picture, largest=0, training=True):
 
     parts = dict.fromkeys(("weights", "optimizer", "reference", "gradients", "activations", "cache"), 0)
     parts["weights"] = parameters * size + 10**9 * (1 if device.type == "cuda" else 2)
-    sampling = [(cfg.eval.batch, cfg.eval.max_turns, more)]
+    sampling = [(cfg.eval.batch, cfg.eval.max_turns + 1, more)]                         # a repair begins with a given turn
     if training:
         kind = optimizer_kind(model, cfg, device)
         parts["optimizer"] = trained * (12 if kind == "master" else 3 * size)
@@ -2476,12 +2477,13 @@ def memory_needed(model, cfg, device, picture, largest=0, training=True):
             parts["activations"] += 3 * max(cfg.nav.sft_traces, cfg.points.sft_traces) * encoded
         if cfg.rl.steps:
             rollouts = cfg.rl.questions * cfg.rl.samples
+            turns = cfg.rl.max_turns + cfg.buffer.max_attempts * (cfg.rl.rho < 1)       # a roll-in's turns come on top of the new ones
             parts["reference"] = parameters * size * bool(cfg.rl.kl or cfg.rl.measure_kl)
             frozen = cfg.rl.freeze_vision or parts["reference"] > 0  # the reference's tower always is
-            kept = rollouts * cfg.rl.max_turns * encoded * (frozen and cfg.policy.keep_pictures)
-            found = update(cfg.rl.micro, cfg.rl.max_turns, cfg.policy.max_new, cfg.rl.freeze_vision) + kept
+            kept = rollouts * turns * encoded * (frozen and cfg.policy.keep_pictures)
+            found = update(cfg.rl.micro, turns, cfg.policy.max_new, cfg.rl.freeze_vision) + kept
             parts["activations"] = max(parts["activations"], found)
-            sampling.append((cfg.rl.at_once or rollouts, cfg.rl.max_turns, 0))
+            sampling.append((cfg.rl.at_once or rollouts, turns, 0))
         # The copies' gradients are fp32, at a moment without activations.
         parts["gradients"] = max(trained * size, 4 * trained * (kind == "master") - parts["activations"])
     said = lambda turns: turns * (cfg.policy.max_new + answered)

@@ -2721,7 +2721,7 @@ PEAK = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165, "3090":
 
 
 def gpu(words):
-    """`python test_vrrl.py gpu profile=qwen2.5-vl-3b`: one SFT step and five RL steps of a profile, as a row of README's table.
+    """`python test_vrrl.py gpu profile=qwen2.5-vl-3b`: one SFT step and five RL steps of a profile, as a row of a table.
 
     The model has the true architecture and size and random weights; nothing is downloaded. It would never end a turn, so turns are
     `policy.max_new` = 48 tokens long, as a long demonstration's, each counts as another attempt, and rewards are made up: every

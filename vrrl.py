@@ -11,7 +11,7 @@ follow the text so far and not the picture. Its remedy is prefix masking and buf
         for each question of the batch:
             with probability rho, or while D is short:   start = the question
             otherwise (buffered roll-in):                start = a stored prefix, mostly one whose last attempt is wrong;
-                                                                 then a forced <THINK>: only a revision can earn a reward
+                                                                 (then with a forced <THINK>: only a revision can earn a reward)
             sample G rollouts from the start, turn by turn; after each answer, draw it on the image and show it
             R_i = reward of rollout i                    (exact answer, and credit for corrections that progress)
             A_i = R_i - mean of the other G-1 rewards    (REINFORCE with a leave-one-out baseline)
@@ -20,7 +20,7 @@ follow the text so far and not the picture. Its remedy is prefix masking and buf
         D.append(at most one prefix of each fresh rollout, cut after an attempt that was drawn)
 
 Groups with equal rewards have no policy gradient and are dropped, not replaced by others. So are those whose mean reward is not within the
-release's bounds, 0.01 and 0.99: groups that all succeed, whose rewards differ only by the small terms.
+release's bounds, 0.01 and 0.99: most of them succeed throughout, and their rewards differ by small terms alone.
 "The release" below is the authors' published code, which uses GRPO: it divides by the group's standard deviation (here a
 setting), and has an importance ratio and its clipping (each batch is used for one update, so the ratio is one). README.md
 lists all that differs.
@@ -126,7 +126,7 @@ class Navigation:
         # Keyed by its settings, so that the data of a smoke run is never taken for the real thing.
         made, self.words = dataclasses.asdict(cfg.nav), cfg.protocol
         folder = made.pop("folder")
-        self.key = data_prep.key_of(folder or made)  # what of the task decides its demonstrations
+        self.key = data_prep.key_of(folder or made)  # names the data, in folders and in the keys of SFT models
         self.folder = Path(folder or Path(cfg.data) / f"navigation-{self.key}")
         if folder:
             self.SPLITS = data_prep.read_splits(self.folder)
@@ -656,8 +656,9 @@ class Policy:
     def score(self, hidden, taken):
         """Log-probs of the tokens taken (N,) and entropies (N,), from the hidden states (N, D) that predict them."""
         logp = self.log_softmax(hidden)
-        entropy = -(logp.exp() * logp.masked_fill(self.banned, 0)).sum(-1)
-        return logp.gather(1, taken[:, None])[:, 0], entropy.detach()
+        measured = logp.detach()  # nothing is kept for a backward pass
+        entropy = -(measured.exp() * measured.masked_fill(self.banned, 0)).sum(-1)
+        return logp.gather(1, taken[:, None])[:, 0], entropy
 
 
 def load_policy(name, cfg):
@@ -705,7 +706,7 @@ def resume(policy, task, example, spoken, force_think=False):
 
 def well_formed(task, turns, unfinished=False):
     """The protocol: turn 1 is an ANSWER without THINK; each revision has a THINK; no two ANSWERs are the same;
-    exactly one FINAL, last, without THINK, repeating the last ANSWER's attempt exactly (`same` is not enough). `unfinished`: the FINAL may still come.
+    exactly one FINAL, last, without THINK, repeating the last ANSWER's attempt exactly (`same` is not enough). An empty THINK is one. `unfinished`: the FINAL may still come.
     """
     attempts = []
     for turn in turns:
@@ -810,7 +811,7 @@ class RollIn:
 
 
 class RollInBuffer:
-    """First in, first out. Prefixes are on-policy when stored, and stale after `max_age` optimizer steps.
+    """First in, first out. A prefix was sampled by the policy of its step, and is stale `max_age` optimizer steps later.
 
     In the default run a step stores some 50 prefixes, so that the deque drops them long before `max_age`.
     """
@@ -859,12 +860,12 @@ def turn_weights(episode, prefix_mask, rng):
     """Prefix masking: the weight in the loss of every action token of an episode, in order.
 
     none:     every turn weighs 1.
-    random:   k ~ U{1..T}; turns k..T weigh 1, those before 0. T: its turns. (The paper's random turn masking, RTM.)
+    random:   k ~ U{1..T}; turns k..T weigh 1, those before 0. T: its turns, a malformed one being the last. (The paper's random turn masking, RTM.)
     expected: its average over k: turn t weighs P(k <= t) = t / T.
     Roll-in episodes are not masked: their replayed turns are not trained anyway.
 
     Both forms are biased, equally on average: later actions decide T, and the longer an episode becomes, the less its early turns weigh, for good
-    or ill. So a baseline no longer cancels in the expectation. With a fixed T there would be no bias.
+    or ill. So a baseline no longer cancels in the expectation. With a fixed T it would, and turns would only be weighed differently.
     """
     total = len(episode.turns)
     if prefix_mask == "none" or episode.replayed:
@@ -1025,7 +1026,7 @@ def rl(policy, reference, task, cfg, log):
                 rolled.append(rollin.start(policy, task))
             else:
                 fresh.append(begin(policy, task, example))
-        fresh, rolled = roll_out(fresh, generator), roll_out(rolled, generator)  # apart, since openings differ much in length; both with the full turn budget
+        fresh, rolled = roll_out(fresh, generator), roll_out(rolled, generator)  # apart, since openings differ much in length; both may take max_turns new turns
         episodes, sampled = fresh + rolled, time.time()
 
         # --- advantages: within each group of rollouts from one start
