@@ -950,6 +950,7 @@ def supervise(policy, batch, steps, lr, title, log):
         tokens, micro = sum(len(e.actions) for e in episodes), policy.cfg.sft.micro
         loss_of = lambda part: (-torch.cat(policy.log_probs(part)[0]).sum() / tokens,)
         parts = [episodes[i : i + micro] for i in range(0, len(episodes), micro)]
+        # Forward and backward of each part; the gradients add up.
         total = sum(loss for loss, in data_prep.backward(policy, loss_of, parts))
         norm = optimizer.step(rate, clip=1.0)
         log({"stage": title, "step": step, "loss": total, "grad_norm": norm, "skipped": optimizer.skipped, "lr": rate})
@@ -1005,7 +1006,8 @@ def rl(policy, reference, task, cfg, log):
     if reference:
         reference.freeze_vision(True)
         reference.keep = policy.keep  # memory: features are worth keeping only where both models use them
-    optimizer, buffer, examples, group = optimizer_for(policy), RollInBuffer(cfg.buffer), task.load("train"), cfg.rl.samples
+    optimizer, buffer = optimizer_for(policy), RollInBuffer(cfg.buffer)
+    examples, group = task.load("train"), cfg.rl.samples
     at_once = max(1, (cfg.rl.at_once or cfg.rl.questions * group) // group)  # questions
 
     def roll_out(starts, generator):
@@ -1018,7 +1020,7 @@ def rl(policy, reference, task, cfg, log):
         # All that is random in a step hangs on the seed and its number alone: a run that was stopped goes on as if it had not been.
         rng, generator = random.Random(f"{cfg.seed} {step}"), torch.Generator(policy.device).manual_seed(1_000_003 * cfg.seed + step)
 
-        # --- sample: each question from its start with probability rho, or a stored prefix of another question in its place
+        # --- sample: each question from its start with probability rho, or in its place a stored prefix, of any question
         fresh, rolled = [], []
         for example in items_of(examples, cfg.rl.questions, step, cfg.seed):
             rollin = buffer.draw(step, rng) if rng.random() >= cfg.rl.rho else None
@@ -1045,6 +1047,7 @@ def rl(policy, reference, task, cfg, log):
         for n in rng.sample(range(len(episodes)), len(episodes)):
             buffer.add(task, episodes[n], step, rng)
 
+        # Counts of this step alone; trained tokens are those read by the update, masked ones included.
         log.time({"stage": "rl", "step": step, "rollouts": len(episodes), "seconds_sampling": sampled - began,
                   "seconds_update": time.time() - sampled, "sampled_tokens": sum(len(t.ids) for e in episodes for t in e.turns),
                   "trained_tokens": tokens})
