@@ -1702,6 +1702,14 @@ def test_the_tables_of_studies_in_the_readmes_are_what_the_program_prints():
     assert all(any(block in tables for tables in printed) for block in shown)
 
 
+@pytest.mark.parametrize("file", ["README.md", "results/README.md"])
+def test_a_readme_says_each_thing_once_and_leaves_nothing_open(file):
+    text = (vrrl.HERE / file).read_text()
+    headings = re.findall(r"(?m)^##+ .*$", text)
+    assert len(headings) > 3 and len(set(headings)) == len(headings)  # a second one would take another anchor
+    assert not re.findall(r"@[A-Z_ ]+@|\bTODO\b|TO COME", text)
+
+
 # ---------------------------------------------------------------- real models
 # Small random models of the true classes, with a byte-level BPE tokenizer, Qwen's special tokens and a chat template in its manner: what a
 # folder from the hub has, loaded by the same code.
@@ -2166,6 +2174,9 @@ def test_a_profile_fits_the_gpu_it_is_made_for(monkeypatch, profile, billions, g
     cfg, gpu = vrrl.read_config([f"profile={profile}"])[0], SimpleNamespace(type="cuda")
     needed = lambda cfg: data_prep.memory_sum(data_prep.memory_needed(model, cfg, gpu, picture=196))
     assert 0.6 * gigabytes < needed(cfg) / 1e9 < gigabytes
+    parts = data_prep.memory_needed(model, cfg, gpu, picture=196)
+    row = re.search(rf"(?m)^\| {re.escape(profile)} \| [\d.]+e9.*$", (vrrl.HERE / "README.md").read_text())[0]
+    assert [float(cell) for cell in row.split("|")[3:-1]] == [round(b / 1e9, 1) for b in (*parts.values(), data_prep.memory_sum(parts))]
     for word in ("rl.micro=64", "rl.at_once=256", "policy.optimizer=master", "policy.checkpointing=no"):  # each mend moves the estimate
         assert needed(vrrl.read_config([f"profile={profile}", word])[0]) > needed(cfg)
 

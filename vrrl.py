@@ -6,11 +6,11 @@ to be right at once and hardly to correct, since a right first answer earns the 
 follow the text so far and not the picture. Its remedy is prefix masking and buffered roll-ins, with a reward that credits corrections
 (`method=rl_reflect` is plain RL with that reward). What they did for the small default model stands in README.md, Results.
 
-    policy pi (a VLM), roll-in buffer D = deque()
+    policy pi (a VLM, after SFT on demonstrations of the protocol), roll-in buffer D = deque()
     repeat:
         for each question of the batch:
             with probability rho, or while D is short:   start = the question
-            otherwise (buffered roll-in):                start = a stored prefix, mostly one whose last attempt is wrong;
+            otherwise (buffered roll-in):                start = a stored prefix, mostly one whose last attempt is wrong
                                                                  (then with a forced <THINK>: only a revision can earn a reward)
             sample G rollouts from the start, turn by turn; after each answer, draw it on the image and show it
             R_i = reward of rollout i                    (exact answer, and credit for corrections that progress)
@@ -330,7 +330,7 @@ class Turn:
     """One assistant turn, and what the user showed next.
 
     ids: its tokens as sampled, with the end token unless the turn was cut off at policy.max_new. trained: for each of them, whether it may enter
-    a loss (not a forced token, nor what a demonstration does not teach); looked at in fresh turns only. logps: of the policy that sampled; there is no
+    a loss (not a forced token, nor what a demonstration does not teach); looked at in an episode's new turns only. logps: of the policy that sampled; there is no
     importance ratio, only the tests compare them. attempt: what the ANSWER or FINAL says. feedback: ids of the
     user's reply, with `picture`, the attempt drawn; both are empty if the episode ended here.
     """
@@ -355,7 +355,7 @@ class Episode:
     question_picture: Picture
     replayed: list = dataclasses.field(default_factory=list)
     turns: list = dataclasses.field(default_factory=list)
-    force_think: bool = False  # of roll-ins after a wrong attempt: the first fresh turn opens with a forced <THINK> (see RollIn)
+    force_think: bool = False  # of roll-ins after a wrong attempt: the first new turn opens with a forced <THINK> (see RollIn)
 
     @property
     def all_turns(self):
@@ -389,7 +389,7 @@ class Episode:
 
     @property
     def actions(self):
-        """(column in `rest`, number of the fresh turn from 1) of every token that may be trained."""
+        """(column in `rest`, number of the new turn from 1) of every token that may be trained."""
         found, start = [], 0
         for number, turn in enumerate(self.turns, 1):
             found += [(start + i, number) for i, on in enumerate(turn.trained) if on]
@@ -656,8 +656,8 @@ class Policy:
     def score(self, hidden, taken):
         """Log-probs of the tokens taken (N,) and entropies (N,), from the hidden states (N, D) that predict them."""
         logp = self.log_softmax(hidden)
-        measured = logp.detach()  # nothing is kept for a backward pass
-        entropy = -(measured.exp() * measured.masked_fill(self.banned, 0)).sum(-1)
+        with torch.no_grad():  # a figure for the log: nothing is kept for a backward pass
+            entropy = -(logp.exp() * logp.masked_fill(self.banned, 0)).sum(-1)
         return logp.gather(1, taken[:, None])[:, 0], entropy
 
 
@@ -706,7 +706,8 @@ def resume(policy, task, example, spoken, force_think=False):
 
 def well_formed(task, turns, unfinished=False):
     """The protocol: turn 1 is an ANSWER without THINK; each revision has a THINK; no two ANSWERs are the same;
-    exactly one FINAL, last, without THINK, repeating the last ANSWER's attempt exactly (`same` is not enough). An empty THINK is one. `unfinished`: the FINAL may still come.
+    exactly one FINAL, last, without THINK, repeating the last ANSWER's attempt exactly (`same` is not enough). An empty THINK is a THINK.
+    unfinished: the FINAL may still come.
     """
     attempts = []
     for turn in turns:
@@ -729,8 +730,8 @@ def solved(task, episode, which=-1):
 def play(policy, task, starts, samples, max_turns, generator, greedy=False, training=False):
     """Roll out `samples` continuations of every start, all of them turn by turn as one batch.
 
-    starts: Episodes without fresh turns. Returns len(starts) * samples Episodes, those of one start together.
-    An episode ends at FINAL, at a turn that cannot be parsed, or after `max_turns` fresh turns. In training it
+    starts: Episodes without new turns. Returns len(starts) * samples Episodes, those of one start together.
+    An episode ends at FINAL, at a turn that cannot be parsed, or after `max_turns` new turns. In training it
     also ends where it is already malformed: its reward is 0 whatever follows.
     """
     with torch.no_grad(), data_prep.one_thread(policy):
@@ -1028,7 +1029,8 @@ def rl(policy, reference, task, cfg, log):
                 rolled.append(rollin.start(policy, task))
             else:
                 fresh.append(begin(policy, task, example))
-        fresh, rolled = roll_out(fresh, generator), roll_out(rolled, generator)  # apart, since openings differ much in length; both may take max_turns new turns
+        # Apart, since openings differ much in length; both may take max_turns new turns.
+        fresh, rolled = roll_out(fresh, generator), roll_out(rolled, generator)
         episodes, sampled = fresh + rolled, time.time()
 
         # --- advantages: within each group of rollouts from one start
