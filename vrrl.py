@@ -1,1290 +1,1597 @@
-"""VRRL, the whole algorithm: visually grounded self-reflection for vision-language models, learnt by reinforcement learning.
+"""VRRL in one file: visually grounded self-reflection for vision-language models, learnt by RL.
 
-The idea (Tang, Yin, Durrett, arXiv 2607.02490). A vision-language model answers a question about an image, is shown
-its answer *drawn on the image*, and then either commits to it or corrects it. The paper finds that under plain RL a model learns
-to be right at once and hardly to correct, since a right first answer earns the same outcome reward more easily, and that its corrections
-follow the text so far and not the picture. Its remedy is prefix masking and buffered roll-ins, with a reward that credits corrections
-(`method=rl_reflect` is plain RL with that reward). What they did for the small default model stands in README.md, Results.
+The idea (Tang, Yin, Durrett, arXiv 2607.02490). A vision-language model (VLM) answers a question
+about a picture, is shown what its answer does in the picture, and then commits or corrects. Plain
+RL makes it right at once and lets it forget how to correct, since a right first answer earns the
+same. Corrections never come to use the picture, and they fail where pictures are new. VRRL makes
+the policy practise them: prefix masking trains later turns, and buffered roll-ins start from
+states in which the policy wrongly committed.
 
-    policy pi (a VLM, after SFT on demonstrations of the protocol), roll-in buffer D = deque()
-    repeat:
-        for each question of the batch:
-            with probability rho, or while D is short:   start = the question
-            otherwise (buffered roll-in):                start = a stored prefix, mostly one whose last attempt is wrong
-                                                                 (then with a forced <THINK>: only a revision can earn a reward)
-            sample G rollouts from the start, turn by turn; after each answer, draw it on the image and show it
-            R_i = reward of rollout i                    (exact answer, and credit for corrections that progress)
-            A_i = R_i - mean of the other G-1 rewards    (REINFORCE with a leave-one-out baseline)
-            prefix masking (fresh starts only): k ~ U{1..T}, T its turns; turns before k leave the loss, so that it is about recovery
-        gradient step on  - sum_i A_i * sum over the unmasked tokens of log pi(token)
-        D.append(at most one prefix of each fresh rollout, cut after an attempt that was drawn)
+The algorithm, with the default of each number beside its name (task `grounding`):
 
-Groups with equal rewards have no policy gradient and are dropped, not replaced by others. So are those whose mean reward is not within the
-release's bounds, 0.01 and 0.99: most of them succeed throughout, and their rewards differ by small terms alone.
-"The release" below is the authors' published code, which uses GRPO: it divides by the group's standard deviation (here a
-setting), and has an importance ratio and its clipping (each batch is used for one update, so the ratio is one). README.md
-lists all that differs.
+    policy pi: a VLM after SFT on demonstrations      (sft.first_steps 150, sft.steps 60)
+    D: two queues of states, wrong and right ones     (buffer.size 500, buffer.right_share 0.3)
+    repeat rl.steps 300 times:
+        for each of rl.questions 32 questions:
+            with probability rl.rho 0.6: start = the question
+            otherwise (a roll-in):       start = a state taken from D, a right one at 0.3
+            sample rl.samples G = 8 rollouts at policy.temperature 0.5, of rl.max_turns 6 new turns
+                at most; after each answer the policy is shown feedback: the answer in the picture
+            R_i = max(1 if right, 0.1 + 0.9 r_i),  r_i: progress of the corrections (section 6)
+            A_i = R_i - mean of the other G - 1 rewards    (REINFORCE with a baseline)
+            fresh rollouts only: k ~ U{1..T} of the T turns; turns before k leave the loss
+        one AdamW step (rl.lr 3e-4) on  - 1/N sum_i A_i sum of log pi over the tokens in the loss
+        D.append(a state of each fresh rollout, cut where the policy had to commit or correct)
+
+Left out of the paper's GRPO: the standard deviation that divides A (here a setting), and the
+clipped importance ratio (each batch is used once, so the ratio is 1). README.md lists the rest.
 
 Read it from top to bottom, in the order in which an episode lives:
-     1 settings      config.yaml as dataclasses; a method is a row of settings
-     2 task          question, parsing, exact, progress, feedback picture
-     3 conversations pictures, turns, episodes: what was said, as ids
-     4 policy        the VLM: cached reading and sampling, log-probs; loading
-     5 rollouts      multi-turn, from a question or a roll-in prefix
-     6 reward        outcome and reflection
-     7 roll-ins      the buffer of prefixes; those drawn from it are mostly failed ones
-     8 loss          prefix masking, advantages, REINFORCE
-     9 SFT           the demonstrations that teach the protocol
-    10 RL            the training loop
-    11 evaluation    first and final accuracy, repair, in and out of distribution
-    12 main          the modes of the command line
+     1 settings      config.yaml as dataclasses         7 buffer      two queues of states
+     2 tasks         what is right, and progress        8 loss        masking, advantage, AdamW
+     3 conversation  turns and episodes as token ids    9 SFT         demonstrations
+     4 policy        the VLM: read, sample, log-probs  10 RL          the loop above
+     5 rollouts      from a question or a state        11 evaluation  accuracy, repair, probes
+     6 reward        of an episode                     12 a run       workers, checkpoints, report
 
-`data_prep.py` has what can be read later: making and drawing data, the cache and the attention for a CPU, optimizers, checkpoints, logs and reports.
-Run `python vrrl.py` for the default run, `python vrrl.py --help` for every setting. The default model, `assets/embedded`
-("the embedded model"; for pointing `assets/embedded-points`), is a tiny Qwen3-VL for a CPU that has learnt to see and not to solve; `model=` takes a real one.
+What a fork changes, and where: a task is a subclass in section 2, a line in TASKS and a row of
+config.yaml; a method is a row of config.yaml; the reward is section 6; a model is `model=FOLDER`.
+Pictures are made in data_prep.py, which knows nothing of learning. `--help` lists all settings.
 """
-import copy
-import dataclasses
-import functools
-import gc
-import hashlib
-import itertools
-import json
-import math
-import os
-import random
-import re
-import shutil
-import sys
-import time
+import atexit, contextlib, dataclasses, difflib, functools, hashlib, inspect, itertools, json
+import math, os, random, re, shutil, signal, subprocess, sys, tempfile, time
 from collections import Counter, deque
 from pathlib import Path
 
 import numpy as np
-import torch
+import safetensors.torch, torch, transformers, yaml
+import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-import transformers
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen_images
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 import data_prep
-from data_prep import Log, Stopped, UserError, device_of, dtype_of, optimizer_for, run_main, save_policy, source_of, write_file
+from data_prep import UserError, write_file
 
-sys.modules.setdefault("vrrl", sys.modules[__name__])  # `python vrrl.py` calls this module __main__; data_prep.py looks for it as vrrl
+transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 
 
-# ==================== 1. Settings =====================================================================
-# config.yaml names every setting once, with its default, what is allowed, and a sentence. It becomes
-# one frozen dataclass with a nested dataclass a section: `cfg.rl.steps`.
-
-
-def read_config(words=(), file=HERE / "config.yaml"):
-    """Settings from config.yaml, then the rows of the task, the profile and the method, a protocol file, and `key=value` words; the later wins.
-    (`data_prep.of_method` puts the method's row last: for a study, and for the SFT model that a run is compared with.)
-
-    Returns (cfg, flat): a frozen dataclass, and the same as {"rl.steps": 75, ...}. Raises UserError.
-    """
-    spec, config = data_prep.settings_table(file)
-    given = {}
+# ==================== 1. Settings =================================================================
+# config.yaml names every setting once: `name: [default, allowed, sentence]`. Rows of its tables
+# `tasks`, `profiles` and `methods` change defaults. Nothing else in this file has a default.
+def read_config(words=()):
+    """The settings as (cfg, flat): cfg.rl.steps on frozen dataclasses, and {"rl.steps": 300, ...}.
+    words: `key=value`, or names of YAML files of settings. The later wins: config.yaml, the rows
+    of task, profile and method, then the words in their order. Raises UserError."""
+    config, given = read_yaml(HERE / "config.yaml"), {}
+    table = flatten(config["settings"])
     for word in words:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise UserError(f"'{word}' is not key=value; for example: method=rl seed=3")
-        given[data_prep.check_key("protocol.file" if key == "protocol" else key, spec)] = text
-    flat = {key: default for key, (default, _, _) in spec.items()}
-    for table in ("task", "profile", "method"):
-        row = str(given.get(table, flat[table]))
-        data_prep.check_value(table, row, spec[table])
-        flat.update({data_prep.check_key(key, spec): value for key, value in config[table + "s"][row].items()})
-    if words_file := given.get("protocol.file", flat["protocol.file"]):
-        flat.update(data_prep.read_protocol(words_file))
-    flat.update(given)
-    flat = {key: data_prep.check_value(key, flat[key], entry) for key, entry in spec.items()}
-    return data_prep.nest(flat), flat
+        key, equals, value = word.partition("=")
+        if not equals and not word.endswith((".yaml", ".yml")):
+            raise UserError(f"'{word}' is not key=value, nor a YAML file; for example: seed=3")
+        given |= {key: value} if equals else flatten(read_yaml(word))
+    flat = {key: default for key, (default, _, _) in table.items()}
+    for kind in ("task", "profile", "method"):
+        row = check_value(kind, given.get(kind, flat[kind]), *table[kind][:2])
+        flat |= flatten(config[kind + "s"][row])
+    sections = {"": {}}
+    for key, value in (flat | given).items():
+        if key not in table:
+            near = [known for known in table if known.endswith("." + key)]
+            near = difflib.get_close_matches(key, table, 1) or near or ["see --help"]
+            raise UserError(f"unknown setting '{key}'; nearest: {near[0]}")
+        flat[key] = check_value(key, value, *table[key][:2])
+        section, _, name = key.rpartition(".")
+        sections.setdefault(section, {})[name] = flat[key]
+    made = {name: dataclasses.make_dataclass("Settings", values, frozen=True)(**values)
+            for name, values in sections.items() if name} | sections[""]
+    return dataclasses.make_dataclass("Settings", made, frozen=True)(**made), flat
+
+def read_yaml(file):
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
+    if isinstance(found, dict):
+        return found
+    raise UserError(f"{file}: not a table of settings; for example a line `seed: 3`")
+
+def flatten(values, before=""):
+    """{"rl": {"steps": 3}} -> {"rl.steps": 3}."""
+    flat = {}
+    for key, value in values.items():
+        key = before + key
+        flat |= flatten(value, key + ".") if isinstance(value, dict) else {key: value}
+    return flat
+
+def check_value(key, value, default, allowed):
+    """`value` (a word, or what YAML made of it) in the type of `default`. UserError if not allowed.
+    allowed: a range `0..1`, words `a|b|c`, `yes|no`, or `text`."""
+    text, kind = str(value), type(default)
+    if kind is bool and text.lower() in ("yes", "true", "no", "false"):
+        return text.lower() in ("yes", "true")
+    if kind is str and (allowed == "text" or text in allowed.split("|")):
+        return text
+    if kind in (int, float):
+        low, high = map(float, allowed.split(".."))
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:  # false for nan as well
+                return kind(text)
+    words = allowed.replace("..", " to ").replace("|", ", ") + ", a whole number" * (kind is int)
+    raise UserError(f"{key}={text} is not allowed; allowed: {words}")
 
 
-# ==================== 2. Task =========================================================================
-# A task is a class with SPLITS, key, load, question, image, parse, exact, progress, same and feedback (and lesson, by which the embedded model
-# learns to see; Points has more, for data_prep.point_turns). A new one is a new class, a line in TASKS, and in config.yaml its name, its row
-# and, if it has settings of its own, a section.
+# ==================== 2. Tasks ====================================================================
+class Task:
+    """What the model learns. A new task is a subclass, a line in TASKS, and a row in config.yaml.
 
+    An *example* is a dict with id, image (a path), size (width, height) and what the rules need.
+    An *answer* is what `parse` makes of the text inside <ANSWER>: any value that compares. Write
 
-class Navigation:
-    """Spatial navigation on a frozen lake: the shortest path from the elf to the gift, around the holes.
+        splits                      names; "id" first, the others are out of distribution
+        question(example)           (text before the picture, text after each feedback picture)
+        parse(text)                 answer, or None
+        exact(example, answer)      whether it is right
+        progress(example, answer)   p in [0, 1], which the reflection reward credits
+        same(answer, other)         whether one repeats the other: a repetition earns nothing
+        feedback(example, answer, mark=True)   PIL image; mark=False: without the answer (probes)
 
-    An attempt is a tuple of moves. Training maps are 3x3 to 5x5, in one look ("snow") and random mixes of colours.
-    Test splits: `id`, in distribution; `size`, larger grids; `look`, colours (and in two of three looks, holes) never drawn so in training; `both`.
+    and, for demonstrations, right(example, rng) and wrong(example, rng), an answer each, and
+    thought(example, answer), the words for what the feedback to a wrong answer shows.
     """
+    splits = ("id",)
+    empty_final = False  # whether demonstrations commit with <FINAL></FINAL>
 
-    SPLITS = ("id", "size", "look", "both")
-    lesson = staticmethod(data_prep.see_talk)  # what the embedded model sees before it learns the task
+    def __init__(self, cfg, plan, make):
+        """Make the data, once. plan: {split: [arguments, ...]} with the splits train, dev_<name>
+        and test_<name>; `make(rng, *arguments)` gives the (record, image) of each item."""
+        name = f"{cfg.task}-{digest_of([plan, data_prep.digest(HERE / 'data_prep.py')])}"
+        self.cfg, self.folder = cfg, Path(cfg.data) / name
+        data_prep.make_folder(self.folder, cfg.task, plan, make, self.preview)
 
-    def __init__(self, cfg, show=True):
-        # Keyed by its settings, so that the data of a smoke run is never taken for the real thing.
-        made, self.words = dataclasses.asdict(cfg.nav), cfg.protocol
-        folder = made.pop("folder")
-        self.key = data_prep.key_of(folder or made)  # names the data, in folders and in the keys of SFT models
-        self.folder = Path(folder or Path(cfg.data) / f"navigation-{self.key}")
-        if folder:
-            self.SPLITS = data_prep.read_splits(self.folder)
-        else:
-            data_prep.make_navigation(self.folder, **made, progress=show)
-
-    def load(self, split):
-        """Examples of `train`, `sft`, `dev_*` or `test_*`: dicts with id, image, layout, look (and turns, for sft)."""
-        check = lambda example: data_prep.check_layout(example.get("layout"))
-        return data_prep.read_manifest(self.folder / f"{split}.jsonl", check)
-
-    def question(self, example):
-        """The text before the first image, and the text after each feedback image."""
-        return self.words.question, self.words.feedback
-
+    def examples(self, split):
+        return data_prep.read_examples(self.folder / f"{split}.jsonl", self.check)
+    def check(self, example):
+        """UserError unless the record of a data file can be used."""
     def image(self, example):
         return data_prep.cached_image(self.folder / example["image"])
+    def preview(self, record, image):
+        return image, record["id"]  # with its caption, for people who look into the data folder
+    def same(self, answer, other):
+        return answer == other
+    def say(self, answer):
+        return " ".join(map(str, answer))  # the text that states it
 
+    def demonstrations(self):
+        """SFT traces: a list of (example, turns). A turn is (text, taught), `taught` being the
+        leading part of the text that enters the loss. Wrong answers are context, never taught:
+
+            <ANSWER>2 3</ANSWER>                             nothing, if this answer is wrong
+            <THINK>left 1 up 2</THINK><ANSWER>1 2</ANSWER>   the THINK alone, if it is wrong too
+            <THINK>up 1</THINK><ANSWER>1 1</ANSWER>          all
+            <FINAL></FINAL>                                  all
+
+        A share sft.multi_share 0.5 has 1 to 4 wrong answers; the others are right at once."""
+        found, rng = [], random.Random("demonstrations")
+        for example in self.examples("train")[: self.cfg.make.traces]:
+            answers, wanted = [self.right(example, rng)], 0
+            if rng.random() < self.cfg.sft.multi_share:
+                wanted = rng.choices((1, 2, 3, 4), (4, 3, 2, 1))[0]
+            for _ in range(100):  # a box may leave little room for wrong answers
+                new = self.wrong(example, rng)
+                known = self.exact(example, new) or any(self.same(new, old) for old in answers)
+                if len(answers) <= wanted and not known:
+                    answers.insert(0, new)
+            turns, think = [], ""
+            for answer in answers:
+                text = f"{think}<ANSWER>{self.say(answer)}</ANSWER>"
+                turns.append((text, text if answer == answers[-1] else think))
+                think = f"<THINK>{self.thought(example, answer)}</THINK>"
+            final = f"<FINAL>{'' if self.empty_final else self.say(answers[-1])}</FINAL>"
+            found.append((example, [*turns, (final, final)]))
+        return found
+
+class Points(Task):
+    """Visual grounding on one's own data: point into a box. `task=points data=FILE`, a JSONL file
+    of {"image", "question", "box": [x0, y0, x1, y1] in pixels}.
+
+    An answer is (x, y), whole numbers in the model's own convention: from 0 to points.scale along
+    each side, or pixels of the picture as the model sees it where the scale is 0. Feedback is a
+    crop centred on the point. Whether the target lies there, and where else, looks the same in
+    every kind of picture, and so corrections can carry over to new ones."""
+    empty_final = True  # a small model miscopies coordinates, and RL would then learn to copy
+
+    def __init__(self, cfg):
+        self.cfg, self.folder = cfg, Path(cfg.data).parent
+        self.own = data_prep.own_examples(cfg.data)
+
+    def examples(self, split):
+        return self.own[split]
+    def question(self, example):
+        points = self.cfg.points
+        return points.question.replace("{question}", example["question"]), points.reply
     def parse(self, text):
-        """'up, left' -> ("up", "left"); None unless it is one or more moves."""
+        """'3 14', '3, 14' or '(3, 14)' -> (3, 14)."""
+        pair = r"\(?\s*(\d{1,5})(?:\s*,\s*|\s+)(\d{1,5})\s*\)?"
+        found = re.fullmatch(pair, text.strip(), re.A)
+        answer = found and tuple(map(int, found.groups()))
+        return answer if answer and max(answer) <= (self.cfg.points.scale or 10_000) else None
+
+    def ends(self, example):
+        """The coordinates of the right and the lower edge."""
+        if self.cfg.points.scale:
+            return self.cfg.points.scale, self.cfg.points.scale
+        return size_seen(example["size"], load_processor(source_of(self.cfg.model)))
+    def pixel(self, example, answer):
+        """An answer as (x, y) in pixels of the image."""
+        sides = zip(answer, example["size"], self.ends(example))
+        return tuple(a * side / end for a, side, end in sides)
+    def centre(self, example):
+        x0, y0, x1, y1 = example["box"]
+        return (x0 + x1) / 2, (y0 + y1) / 2
+    def distance(self, example, answer):
+        """From the point to the target's centre, in pixels."""
+        return math.dist(self.pixel(example, answer), self.centre(example))
+
+    def exact(self, example, answer):
+        """Inside the box, or at most `within` pixels from its centre where the example has it."""
+        (x, y), (x0, y0, x1, y1) = self.pixel(example, answer), example["box"]
+        if example["within"]:
+            return self.distance(example, answer) <= example["within"]
+        return x0 <= x < x1 and y0 <= y < y1
+
+    def progress(self, example, answer):
+        """p = phi(d) = (exp(-d^2 / s1^2) + exp(-d^2 / s2^2)) / 2, d: `distance`, s2: the side of
+        the crop, s1 = 0.4 s2 (paper: s2 = 200, s1 = 80)."""
+        d, s2 = self.distance(example, answer), self.cfg.points.crop or max(example["size"]) / 2
+        return (math.exp(-((d / (0.4 * s2)) ** 2)) + math.exp(-((d / s2) ** 2))) / 2
+
+    def same(self, answer, other):
+        """Closer than a hundredth of the scale (of 1000 pixels): a jitter is no new answer."""
+        return answer == other or math.dist(answer, other) < (self.cfg.points.scale or 1000) / 100
+
+    def feedback(self, example, answer, mark=True):
+        """A crop centred on the point, grey beyond the edge; the whole picture where crop is 0."""
+        image, point = self.image(example), self.pixel(example, answer)
+        if self.cfg.points.crop:
+            return data_prep.draw_crop(image, point, self.cfg.points.crop, mark)
+        return data_prep.draw_hairs(image, point) if mark else image
+
+    def right(self, example, rng=None):
+        """The point of the scale nearest to the target's centre. UserError if it is not right."""
+        sides = zip(self.centre(example), example["size"], self.ends(example))
+        answer = tuple(math.ceil(c * end / side - 0.5) for c, side, end in sides)
+        if self.exact(example, answer):
+            return answer
+        raise UserError(f"{example['image']}: no point of the scale lies in the box "
+                        f"{example['box']}: raise points.scale")
+
+    def wrong(self, example, rng):
+        """Half of these miss by less than the crop shows, the others lie anywhere."""
+        reach = (self.cfg.points.crop or max(example["size"]) / 2) / 2
+        near, answer = rng.random() < 0.5, []
+        for c, side, end in zip(self.centre(example), example["size"], self.ends(example)):
+            place = rng.uniform(c - reach, c + reach) if near else rng.uniform(0, side)
+            answer.append(round(min(max(place / side, 0), 1) * end))
+        return tuple(answer)
+
+    def thought(self, example, answer):
+        """Where the target lies from the point, in units of the answer: "left 3 up 1". "far" where
+        the crop does not show it, "here" on it."""
+        x, y = (there - here for there, here in zip(self.right(example), answer))
+        sides = zip(self.pixel(example, answer), self.centre(example))
+        if self.cfg.points.crop and max(abs(p - c) for p, c in sides) >= self.cfg.points.crop / 2:
+            return "far"
+        words = [f"{'left' if x < 0 else 'right'} {abs(x)}"] if x else []
+        words += [f"{'up' if y < 0 else 'down'} {abs(y)}"] if y else []
+        return " ".join(words) or "here"
+
+class Grounding(Points):
+    """The paper's grounding experiment: trained on small tables alone; out of distribution are
+    large tables, bar charts, scatter plots, and with points.kind=text inner cells of tables."""
+    examples = Task.examples
+
+    def __init__(self, cfg):
+        plan = data_prep.figure_plan(cfg.points.kind, cfg.make.train, cfg.make.test)
+        self.splits = [name.removeprefix("test_") for name in plan if name.startswith("test_")]
+        Task.__init__(self, cfg, plan, data_prep.make_figure)
+    def preview(self, record, image):
+        return data_prep.draw_box(image, record["box"]), record["question"]
+
+class Navigation(Task):
+    """Spatial navigation on a frozen lake: a shortest way from the elf to the gift, around holes.
+    An answer is a tuple of moves. Out of distribution: `size`, larger maps; `look`, new colours."""
+    splits = ("id", "size", "look")
+
+    def __init__(self, cfg):
+        file = Path(cfg.data) / "data.json"
+        if file.is_file():  # made by `python data_prep.py official`
+            self.cfg, self.folder = cfg, file.parent
+            self.splits = json.loads(file.read_text())["splits"]
+        else:
+            plan = data_prep.navigation_plan(cfg.make.train, cfg.make.test)
+            super().__init__(cfg, plan, functools.partial(data_prep.make_map, cell=cfg.nav.cell))
+
+    def check(self, example):
+        data_prep.check_layout(example.get("layout"))
+    def question(self, example):
+        return self.cfg.nav.question, self.cfg.nav.reply
+    def parse(self, text):
+        """'up, left' -> ("up", "left")."""
         moves = tuple(text.lower().replace(",", " ").split())
         return moves if moves and all(m in data_prep.MOVES for m in moves) else None
 
-    def exact(self, example, attempt):
-        """The shortest length, no move off the grid, no hole, and the goal reached by the last move."""
-        return data_prep.walk(example["layout"], attempt)[0] == "exact"
+    def walk(self, example, answer):
+        """The distance to the goal at the start and after each move; "edge" or "hole" ends it."""
+        layout = example["layout"]
+        distance = data_prep.shortest_distances(layout)
+        row, column = data_prep.find_cell(layout, "S")
+        found = [int(distance[row, column])]
+        for move in answer:
+            row, column = row + data_prep.MOVES[move][0], column + data_prep.MOVES[move][1]
+            inside = 0 <= row < len(layout) and 0 <= column < len(layout[0])
+            if not inside or layout[row][column] == "H":
+                return [*found, "hole" if inside else "edge"]
+            found.append(int(distance[row, column]))
+        return found
 
-    def progress(self, example, attempt):
-        """p_t in [0, 1]: length of the longest strictly distance-decreasing legal prefix, over the optimal length.
+    def exact(self, example, answer):
+        """The shortest length, no move off the map, no hole, the goal reached by the last move."""
+        return self.thought(example, answer) == "exact"
 
-        0 if more moves come after a complete shortest path.
-        """
-        return data_prep.progress(example["layout"], attempt)
+    def thought(self, example, answer):
+        """"edge" or "hole", whichever comes first; else "past" (the goal came before the last
+        move), "short" (it never came), "longer" (a shorter way exists), or "exact"."""
+        left = self.walk(example, answer)
+        if left[-1] in ("edge", "hole"):
+            return left[-1]
+        if 0 not in left:
+            return "short"
+        if left.index(0) < len(answer):
+            return "past"
+        return "exact" if len(answer) == left[0] else "longer"
 
-    def same(self, attempt, other):
-        """Whether an attempt counts as a repetition of another."""
-        return attempt == other
+    def progress(self, example, answer):
+        """p: how many leading moves each come one nearer to the goal, over the shortest length. An
+        answer that goes on after the goal has 0: otherwise a wrong answer could have p = 1."""
+        left, good = self.walk(example, answer), 0
+        while good + 1 < len(left) and left[good + 1] == left[0] - good - 1:
+            good += 1
+        return 0.0 if good == left[0] < len(answer) else good / left[0]
 
-    def feedback(self, example, attempt):
-        """The image with the attempt drawn on it."""
-        layout, start = example["layout"], data_prep.find_cell(example["layout"], "S")
-        shape = len(layout), len(layout[0])
-        return data_prep.draw_path(self.image(example), shape, start, attempt, example.get("look", "snow"), example.get("box"))
+    def feedback(self, example, answer, mark=True):
+        """The map with the way painted on it."""
+        layout, way = example["layout"], answer if mark else ()
+        shape, start = (len(layout), len(layout[0])), data_prep.find_cell(layout, "S")
+        return data_prep.draw_path(self.image(example), shape, start, way, example["look"],
+                                   example.get("box"))
 
+    def right(self, example, rng):
+        return tuple(data_prep.shortest_path(example["layout"], rng))
+    def wrong(self, example, rng):
+        path, exact = list(self.right(example, rng)), functools.partial(self.exact, example)
+        return tuple(data_prep.wrong_path(example["layout"], path, exact, rng))
 
-class Points:
-    """Visual grounding: point into a box of the image. Used as it is for one's own data, `task=points data=FILE`, a JSONL of image, question and box;
-    Table and Chart only say where other data come from.
-
-    An attempt is (x, y), two integers in the model's own convention: from 0 to `points.scale` along each side of the image, or
-    with scale 0 in steps of `points.step` pixels of the image as the model sees it. Feedback is the image, or a crop of it, with the point drawn.
-    """
-
-    SPLITS = ("id",)
-    lesson = staticmethod(data_prep.point_talk)
-
-    def __init__(self, cfg, show=True):
-        self.cfg = cfg.points
-        self.processor = None if cfg.points.scale else data_prep.image_processor(source_of(cfg.model))  # `ends` asks it what size the model sees
-        self.folder, self.records = self.open(cfg, show)
-        decides = {k: v for k, v in dataclasses.asdict(cfg.points).items() if k != "reach"}  # all but what only the reward reads
-        self.key = data_prep.key_of([decides, self.folder.name, self.records])
-
-    def open(self, cfg, show):
-        """(folder of the images, {split: records} of the splits held in memory; others are read from the folder's files)."""
-        if cfg.image:
-            return Path(cfg.image).parent, {"own": [data_prep.own_question(cfg.image, cfg.question)]}
-        return Path(cfg.data).parent, data_prep.own_points(cfg.data, self.cfg.seed, self.cfg.sft_traces, show)
-
-    def load(self, split):
-        """Examples of a split: dicts with id, image, size (width, height), question, box (and turns, for sft)."""
-        check = lambda record: data_prep.check_points(record, record["size"])
-        records = self.records.get(split) or data_prep.read_manifest(self.folder / f"{split}.jsonl", check)
-        return [{**r, "turns": data_prep.point_turns(self, r)} if split == "sft" else r for r in records]
-
-    def question(self, example):
-        """The text before the first image, and the text after each feedback image."""
-        return self.cfg.question.replace("{question}", example["question"]), self.cfg.reply
-
-    def image(self, example):
-        return data_prep.cached_image(self.folder / example["image"])
-
-    def parse(self, text):
-        """'3 14', '3, 14' or '(3, 14)' -> (3, 14); None for anything else, or beyond the scale.
-
-        With scale 0 only what lies beyond any image is refused; a point outside this one is drawn at its edge.
-        """
-        found = re.fullmatch(r"\s*\(?\s*(\d{1,5})\s*[,\s]\s*(\d{1,5})\s*\)?\s*", text, re.A)
-        attempt = found and tuple(map(int, found.groups()))
-        return attempt if attempt and max(attempt) <= (self.cfg.scale or data_prep.MAX_SIDE) else None
-
-    def ends(self, example):
-        """How far coordinates run along each side, in the model's own convention."""
-        if self.cfg.scale:
-            return self.cfg.scale, self.cfg.scale
-        return tuple(side / self.cfg.step for side in size_seen(example["size"], self.processor))
-
-    def pixel(self, example, attempt):
-        """An attempt in pixels of the image."""
-        return tuple(a / end * side for a, end, side in zip(attempt, self.ends(example), example["size"]))
-
-    def attempt(self, example, pixel):
-        """The attempt nearest to a point in pixels; halves are rounded down, so that a box's centre is not rounded out of it."""
-        return tuple(math.ceil(p / side * end - 0.5) for p, end, side in zip(pixel, self.ends(example), example["size"]))
-
-    def exact(self, example, attempt):
-        """Whether the point lies in the box; None where no box is known."""
-        return data_prep.inside(example["box"], self.pixel(example, attempt)) if example["box"] else None
-
-    def progress(self, example, attempt):
-        """p_t in [0, 1]: 1 inside the box, else max(0, 1 - d / reach), at most 0.99; d: distance to the box over the image's longer side."""
-        if self.exact(example, attempt):
-            return 1.0
-        distance = data_prep.gap(example["box"], self.pixel(example, attempt)) / max(example["size"])
-        return min(0.99, max(0.0, 1 - distance / self.cfg.reach))
-
-    def same(self, attempt, other):
-        """Closer than `points.apart`, in shares of the sides (with scale 0, of 1000 pixels): a jitter is not a new attempt."""
-        return attempt == other or math.dist(attempt, other) < self.cfg.apart * (self.cfg.scale or 1000 / self.cfg.step)
-
-    def feedback(self, example, attempt):
-        """The image, or a crop of it, with the point drawn."""
-        crop = self.cfg.crop if self.cfg.feedback == "crop" else 0
-        return data_prep.draw_point(self.image(example), self.pixel(example, attempt), crop)
+TASKS = {"grounding": Grounding, "points": Points, "navigation": Navigation}
 
 
-class Table(Points):
-    """Tables: the cell in a given row and column.
-
-    `size` has more rows and columns than trained on, `look` other colours and, in one of three looks, headers at another corner.
-    """
-
-    SPLITS = Navigation.SPLITS
-    FIGURE = "table"
-
-    def open(self, cfg, show):
-        made = {k: getattr(cfg.points, k) for k in ("kind", "seed", "train", "sft_traces", "held_back", "test", "dev")}
-        folder = Path(cfg.data) / f"{self.FIGURE}-{data_prep.key_of(made)}"
-        data_prep.make_figures(folder, self.FIGURE, **made, progress=show)
-        return folder, {}
-
-
-class Chart(Table):
-    """Charts: the bar or point that a question names. `size` has more of them, `look` other colours and, in one of three looks, another type."""
-
-    FIGURE = "chart"
-
-
-TASKS = {"navigation": Navigation, "table": Table, "chart": Chart, "points": Points}
-
-# ==================== 3. Conversations ================================================================
-# An episode is a list of turns, and a turn holds the ids that were sampled: nothing is ever decoded and encoded again.
-# An `image` is PIL's, a `picture` is a Picture: an image as the model takes it.
-
-# One assistant turn: an optional THINK, then one ANSWER or one FINAL, nothing else.
+# ==================== 3. Conversation =============================================================
+# The policy says one ANSWER or one FINAL, perhaps after a THINK. A turn keeps the token ids that
+# were sampled: these are trained, never text that was encoded again.
 TAGS = ["<THINK>", "</THINK>", "<ANSWER>", "</ANSWER>", "<FINAL>", "</FINAL>"]
 TAG = re.compile(f"({'|'.join(TAGS)})")
 INSIDE = f"((?:(?!{'|'.join(TAGS)}).)*)"  # anything but a tag
-TURN = re.compile(rf"\s*(?:<THINK>{INSIDE}</THINK>\s*)?(?:<ANSWER>{INSIDE}</ANSWER>|<FINAL>{INSIDE}</FINAL>)\s*", re.S)
-
+TURN = re.compile(rf"\s*(?:<THINK>{INSIDE}</THINK>\s*)?"
+                  rf"(?:<ANSWER>{INSIDE}</ANSWER>|<FINAL>{INSIDE}</FINAL>)\s*", re.S)
 
 def parse_turn(task, text):
-    """(kind, thought, attempt): kind is "answer", "final" or "bad"; thought is None without a THINK.
-
-        parse_turn(task, "<THINK>hole</THINK><ANSWER>up left</ANSWER>") == ("answer", "hole", ("up", "left"))
-    """
+    """(kind, thought, answer). kind is "answer", "final" or "bad"; thought is None without a THINK;
+    the answer is None where the FINAL is empty, which means the last answer.
+        parse_turn(task, "<THINK>up 1</THINK><ANSWER>4 7</ANSWER>") == ("answer", "up 1", (4, 7))"""
     match = TURN.fullmatch(text)
-    if not match:
-        return "bad", None, None
-    thought, answer, final = match.groups()
-    attempt = task.parse(answer if answer is not None else final)
-    if attempt is None:
+    thought, answer, final = match.groups() if match else (None, "", None)
+    if final is not None and not final.strip():
+        return "final", thought, None
+    parsed = task.parse(answer if final is None else final) if match else None
+    if parsed is None:
         return "bad", thought, None
-    return ("answer" if answer is not None else "final"), thought, attempt
-
+    return "answer" if final is None else "final", thought, parsed
 
 def size_seen(size, processor):
     """(width, height) in pixels that an image of this size has when the model sees it."""
-    side, limits = processor.patch_size * processor.merge_size, processor.size  # by their names edges, in truth least and most numbers of pixels
-    height, width = smart_resize(size[1], size[0], side, limits["shortest_edge"], limits["longest_edge"])
+    limits = processor.size  # by their names edges, in truth the least and most numbers of pixels
+    height, width = qwen_images.smart_resize(
+        size[1], size[0], processor.patch_size * processor.merge_size,
+        limits["shortest_edge"], limits["longest_edge"])
     return width, height
 
-
 class Picture:
-    """An image as the vision tower takes it: resized to whole visual tokens, still 8-bit.
-
-    pixels: (H, W, 3) uint8 array. rows, cols: visual tokens along each side, after the 2x2 merge.
-    """
-
+    """An image as the vision tower takes it. grid: visual tokens (down, across). patches: uint8
+    (down * across * merge^2, 3, patch^2) in the library's order, which goes merge block by merge
+    block. features: what a frozen vision tower made of it, kept so that it is encoded once."""
     def __init__(self, image, processor):
-        width, height = size = size_seen(image.size, processor)
+        size, patch = size_seen(image.size, processor), processor.patch_size
+        merge = processor.merge_size
         if size != image.size:
             image = image.resize(size, processor.resample)
-        self.pixels, side = np.asarray(image), processor.patch_size * processor.merge_size
-        self.rows, self.cols = height // side, width // side
-        self.features = None  # kept by `encode_pictures` if Policy.keep; policies that share pictures must have equal vision towers, as in `rl`
-
+        down, across = size[1] // (patch * merge), size[0] // (patch * merge)
+        pixels = np.asarray(image).reshape(down, merge, patch, across, merge, patch, 3)
+        self.patches = pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, patch * patch)
+        self.grid, self.features = (down, across), None
 
 @dataclasses.dataclass
 class Turn:
-    """One assistant turn, and what the user showed next.
-
-    ids: its tokens as sampled, with the end token unless the turn was cut off at policy.max_new. trained: for each of them, whether it may enter
-    a loss (not a forced token, nor what a demonstration does not teach); looked at in an episode's new turns only. logps: of the policy that sampled; there is no
-    importance ratio, only the tests compare them. attempt: what the ANSWER or FINAL says. feedback: ids of the
-    user's reply, with `picture`, the attempt drawn; both are empty if the episode ended here.
-    """
-
-    ids: list
-    trained: list
-    logps: list = ()
+    """One turn of the policy, and what the user shows next."""
+    ids: list  # as sampled, with the end token unless the turn was cut off at policy.max_new
+    loss_tokens: list  # for each id, whether it may enter a loss (a forced token may not)
+    logps: list = ()  # with which they were sampled
     kind: str = "answer"
     thought: str | None = None
-    attempt: object = None
+    answer: object = None
     text: str = ""
-    feedback: list = ()
+    feedback: list = ()  # ids of the user's reply; it and the picture are empty at the end
     picture: Picture | None = None
-
 
 @dataclasses.dataclass
 class Episode:
-    """A conversation about `example`: the replayed turns that it goes on from (a roll-in prefix, or a wrong first turn to repair), then new ones."""
-
+    """A conversation about one example: the `given` turns that it goes on from, then new ones."""
     example: dict
     question_ids: list
     question_picture: Picture
-    replayed: list = dataclasses.field(default_factory=list)
+    start: int = 0  # episodes of one start share their opening: the question and the given turns
+    given: list = dataclasses.field(default_factory=list)
     turns: list = dataclasses.field(default_factory=list)
-    force_think: bool = False  # of roll-ins after a wrong attempt: the first new turn opens with a forced <THINK> (see RollIn)
+    force_think: bool = False
+    reward: float = 0.0
+    advantage: float = 0.0
+    weights: list = ()  # in the loss, of each action token
 
     @property
     def all_turns(self):
-        return [*self.replayed, *self.turns]
-
+        return [*self.given, *self.turns]
     @property
-    def attempts(self):  # those of the ANSWERs; what a FINAL says is not counted, even if it differs
-        return [t.attempt for t in self.all_turns if t.kind == "answer"]
-
+    def answers(self):
+        return [t.answer for t in self.all_turns if t.kind == "answer"]
     @property
-    def committed(self):  # ends in a FINAL that repeats the last ANSWER; the episode may be malformed all the same
+    def committed(self):
+        """Whether it ends in a FINAL for its last answer."""
         last = self.all_turns[-1]
-        return last.kind == "final" and bool(self.attempts) and last.attempt == self.attempts[-1]
-
-    # What `Policy.log_probs` reads: the opening, shared by a group, then the rest with its action tokens.
+        return last.kind == "final" and last.answer in (None, *self.answers[-1:])
     @property
     def opening(self):
-        return [*self.question_ids, *(i for t in self.replayed for i in (*t.ids, *t.feedback))]
-
-    @property
-    def opening_pictures(self):
-        return [self.question_picture, *(t.picture for t in self.replayed)]
-
+        """(ids, pictures) up to the first new turn."""
+        ids = [*self.question_ids, *(i for t in self.given for i in (*t.ids, *t.feedback))]
+        return ids, [self.question_picture, *(t.picture for t in self.given)]
     @property
     def rest(self):
-        return [i for t in self.turns for i in (*t.ids, *t.feedback)]
-
-    @property
-    def rest_pictures(self):
-        return [t.picture for t in self.turns if t.picture is not None]
-
+        """(ids, pictures) of the new turns and of the feedback to them."""
+        ids = [i for t in self.turns for i in (*t.ids, *t.feedback)]
+        return ids, [t.picture for t in self.turns if t.picture is not None]
     @property
     def actions(self):
-        """(column in `rest`, number of the new turn from 1) of every token that may be trained."""
-        found, start = [], 0
+        """(column in the ids of `rest`, number of the turn from 1) of what may enter a loss."""
+        found, column = [], 0
         for number, turn in enumerate(self.turns, 1):
-            found += [(start + i, number) for i, on in enumerate(turn.trained) if on]
-            start += len(turn.ids) + len(turn.feedback)
+            found += [(column + i, number) for i, may in enumerate(turn.loss_tokens) if may]
+            column += len(turn.ids) + len(turn.feedback)
         return found
 
 
-# ==================== 4. Policy =======================================================================
+# ==================== 4. Policy ===================================================================
+# What the library calls the cache of keys and values changed with version 5.24.
+NEW_NAME = "cache" in inspect.signature(Qwen3VLTextModel.forward).parameters
+CACHE = "cache" if NEW_NAME else "past_key_values"
+# Computes a part again in the backward pass, instead of keeping what it made.
+recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
+class KeyValues:
+    """The cache of a batch of conversations: keys and values (B, heads, L, D) of each layer, which
+    the library's layers `update`. While sampling, the tensors have room to grow in place: a plain
+    concatenation would copy all of them at every token."""
+    def __init__(self):
+        self.layers, self.length = {}, 0
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        new, old, end = (keys, values), self.layers.get(layer), self.length + keys.shape[2]
+        if torch.is_grad_enabled():
+            if old:
+                new = [torch.cat([o[:, :, : self.length], n], 2) for o, n in zip(old, new)]
+            self.layers[layer] = new
+            return new
+        if old is None or old[0].shape[2] < end:
+            room = [n.new_empty(*n.shape[:2], end + 64, n.shape[3]) for n in new]
+            for r, o in zip(room, old or ()):
+                r[:, :, : self.length] = o[:, :, : self.length]
+            self.layers[layer] = old = room
+        for o, n in zip(old, new):
+            o[:, :, self.length : end] = n
+        return [o[:, :, :end] for o in old]
 
 class Context:
-    """A batch of B conversations as far as the model has read them.
-
-    Rows of different length share columns: where a row has no token, `valid` (B, L) is False and
-    attention skips the column. `position` (B,) is the next M-RoPE position; `last` (B, D) the hidden
-    state of each row's last token, which predicts its next one.
-    """
-
+    """B conversations as far as the model has read them. Rows of different length share columns:
+    where a row has no token, `valid` (B, L) is False and attention skips the column. position (B,):
+    the next M-RoPE position. last (B, D): the hidden state that predicts a row's next token."""
     def __init__(self, rows, device):
-        self.cache = data_prep.KeyValues()  # of every layer; grows in place while sampling, and by concatenation where gradients flow back through it
+        self.cache, self.last = KeyValues(), None
         self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=device)
         self.position = torch.zeros(rows, dtype=torch.long, device=device)
-        self.last = None
 
     def take(self, rows):
-        """Keep these rows, in this order; a row may be taken several times (one prompt, G samples)."""
-        self.cache.take(rows)
-        self.valid, self.position, self.last = (t.index_select(0, rows) for t in (self.valid, self.position, self.last))
-
+        """Keep these rows, in this order. One may be taken several times: a start, G samples."""
+        rows, length = torch.tensor(rows, device=self.valid.device), self.cache.length
+        for layer, pair in self.cache.layers.items():
+            self.cache.layers[layer] = [t[:, :, :length].index_select(0, rows) for t in pair]
+        self.valid, self.position, self.last = (
+            t.index_select(0, rows) for t in (self.valid, self.position, self.last))
 
 class Policy:
-    """A Qwen2.5-VL or Qwen3-VL model with its tokenizer and image processor."""
-
+    """A Qwen2.5-VL or Qwen3-VL model with its tokenizer and image processor. `extend` reads more
+    of some conversations; `sample` and `log_probs` are built on it."""
     def __init__(self, model, tokenizer, processor, cfg):
         self.model, self.tokenizer, self.processor, self.cfg = model, tokenizer, processor, cfg
-        self.temperature = cfg.policy.temperature
-        self.device = next(model.parameters()).device
-        self.mean = torch.tensor(processor.image_mean, device=self.device)
-        self.std = torch.tensor(processor.image_std, device=self.device)
-        self.freeze_vision(False)
-        self.image_id = model.config.image_token_id
-        self.prompts = {}  # of `prompt`, which is asked for the same texts again and again
-        self.end_id = self.template("", "")[1]
-        # Only plain tokens and the end of the turn can be sampled. A sampled image placeholder would shift
-        # the positions of all that follows; ids beyond the tokenizer's have no text at all.
-        vocab = model.get_output_embeddings().weight.shape[0]
-        banned = {*tokenizer.all_special_ids, self.image_id, *range(len(tokenizer), vocab)} - {self.end_id}
-        self.banned = torch.zeros(vocab, dtype=torch.bool, device=self.device)
-        self.banned[sorted(banned)] = True
-
-    def freeze_vision(self, frozen):
-        """Freeze the vision tower, or train it. Frozen, each picture needs encoding only once for as long as it lives, if there is memory to keep its features."""
-        self.frozen, self.keep = frozen, frozen and self.cfg.policy.keep_pictures
-        self.model.model.visual.requires_grad_(not frozen)
-
-    # ---- words to ids ----------------------------------------------------------------------------
+        self.device, self.image_id = next(model.parameters()).device, model.config.image_token_id
+        self.prompt = functools.cache(self.prompt)
+        self.end_id = self.prompt("", "")[1]
+        model.model.visual.requires_grad_(not cfg.policy.freeze_vision)
+        # Only plain tokens and the end of a turn can be sampled. A sampled image placeholder would
+        # shift the positions of all that follows; ids beyond the tokenizer's have no text.
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        banned = {*tokenizer.all_special_ids, self.image_id, *range(len(tokenizer), vocabulary)}
+        self.banned = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
+        self.banned[sorted(banned - {self.end_id})] = True
 
     def encode(self, text):
-        """Token ids; tags apart, since a tokenizer may join '>' with what follows and a forced tag must be the learnt one."""
-        pieces = [p for p in TAG.split(text) if p]
-        return [i for p in pieces for i in self.tokenizer.encode(p, add_special_tokens=False)]
+        """Token ids. Tags are encoded apart, since a tokenizer may join '>' with what follows."""
+        return [i for piece in TAG.split(text) if piece
+                for i in self.tokenizer.encode(piece, add_special_tokens=False)]
 
     def decode(self, ids):
         return self.tokenizer.decode([i for i in ids if i != self.end_id])
 
     def prompt(self, question, reply):
-        """(ids up to the assistant's first word, ids between two assistant turns), an image being one placeholder.
-
-        question: text of the first user turn, before its image; reply: of a later one, after its image.
-        """
-        if (question, reply) not in self.prompts:
-            head, _, between = self.template(question, reply)
-            self.prompts[question, reply] = head, between
-        return self.prompts[question, reply]
-
-    def template(self, question, reply):
-        """What the chat template writes around the assistant's turns: (head, the token that closes a turn, between), as ids."""
-        words, mark = self.cfg.protocol, "\ue000"  # a private-use character, which no text contains
-        picture = {"type": "image"}
-        text = lambda t: {"type": "text", "text": t}
-        talk = [{"role": "system", "content": [text(words.system)]}] if words.system else []
-        talk += [{"role": "user", "content": [text(question), picture]},
-                 {"role": "assistant", "content": [text(mark)]},
-                 {"role": "user", "content": [picture, text(reply)]}]
-        talk = self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        head, between = talk.split(mark)
-        ids = lambda t: tuple(self.tokenizer.encode(t, add_special_tokens=False))
-        closing, *between = ids(between)  # the model samples the token that closes its turn
-        return ids(head), closing, tuple(between)
-
-    def picture(self, image):
-        return Picture(image, self.processor)
+        """What the chat template writes around the policy's turns, as ids, an image being one
+        placeholder: (up to its first word, the token that ends a turn, from there to the next)."""
+        mark, system = "\ue000", self.cfg.policy.system  # a private-use character: in no text
+        picture, says = {"type": "image"}, {"type": "text", "text": mark}
+        talk = [{"role": "system", "content": [says | {"text": system}]}] if system else []
+        talk += [{"role": "user", "content": [says | {"text": question}, picture]},
+                 {"role": "assistant", "content": [says]},
+                 {"role": "user", "content": [picture, says | {"text": reply}]}]
+        text = self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
+        head, rest = (self.tokenizer.encode(t, add_special_tokens=False) for t in text.split(mark))
+        return head, rest[0], rest[1:]
 
     def place(self, ids, picture):
-        """`ids` with the one image placeholder repeated, once for each visual token of `picture`."""
+        """`ids` with the one image placeholder repeated for each visual token of the picture."""
         at = ids.index(self.image_id)
-        return [*ids[:at], *[self.image_id] * (picture.rows * picture.cols), *ids[at + 1 :]]
-
-    # ---- pictures to vectors ---------------------------------------------------------------------
+        return [*ids[:at], *[self.image_id] * math.prod(picture.grid), *ids[at + 1 :]]
 
     def encode_pictures(self, pictures):
-        """Visual tokens of each picture: a list of ((rows * cols, D), its DeepStack features).
+        """[(visual tokens (down * across, D), their DeepStack features), ...], one a picture."""
+        found = {id(p): p.features for p in pictures if p.features is not None}
+        todo = list({id(p): p for p in pictures if id(p) not in found}.values())
+        most = max(1, 4096 // max((math.prod(p.grid) for p in todo), default=1))  # at a time
+        mean, std = (torch.tensor(values, device=self.device)[:, None] for values in
+                     (self.processor.image_mean, self.processor.image_std))
+        for part in (todo[at : at + most] for at in range(0, len(todo), most)):
+            x = torch.from_numpy(np.concatenate([p.patches for p in part])).to(self.device)
+            x = ((x.float() / 255 - mean) / std).to(self.model.dtype)[:, :, None]  # a still image
+            x = x.expand(-1, -1, self.processor.temporal_patch_size, -1).flatten(1)  # is two frames
+            grids = torch.tensor([(1, *p.grid) for p in part], device=self.device)
+            grids[:, 1:] *= self.processor.merge_size
+            frozen, counts = self.cfg.policy.freeze_vision, [math.prod(p.grid) for p in part]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+                out = self.model.model.get_image_features(x, grids, return_dict=True)
+            deep = [d.split(counts) if torch.is_tensor(d) else d
+                    for d in getattr(out, "deepstack_features", None) or ()]
+            for i, p in enumerate(part):
+                found[id(p)] = out.pooler_output[i], [d[i] for d in deep]
+                p.features = found[id(p)] if frozen else None
+        return [found[id(p)] for p in pictures]
 
-        Each distinct picture is encoded once; with self.keep, once for as long as it lives.
-        """
-        features = {id(q): q.features for q in pictures if self.keep and q.features is not None}
-        distinct = {id(q): q for q in pictures if id(q) not in features}.values()
-        p, m = self.processor.patch_size, self.processor.merge_size
-        size = lambda q: q.pixels.shape
-        for shape, group in itertools.groupby(sorted(distinct, key=size), key=size):
-            group = list(group)
-            most = max(1, min(256, (1 << 22) // (shape[0] * shape[1])))  # pictures a pass: 4 M pixels
-            for part in (group[i : i + most] for i in range(0, len(group), most)):
-                x = torch.from_numpy(np.stack([q.pixels for q in part])).to(self.device).float() / 255
-                x = ((x - self.mean) / self.std).to(self.model.dtype)
-                # (N, H, W, 3) -> rows of patches in the library's order: merge blocks, then the patches of a block,
-                # each (channel, frame, y, x). A still image counts as two equal frames.
-                n, (height, width, _) = len(part), shape
-                x = x.view(n, height // (p * m), m, p, width // (p * m), m, p, 3).permute(0, 1, 4, 2, 5, 7, 3, 6)
-                x = x.unsqueeze(6).expand(*x.shape[:6], self.processor.temporal_patch_size, p, p)
-                x = x.reshape(n * (height // p) * (width // p), -1)
-                grid = torch.tensor([[1, height // p, width // p]] * n, device=x.device)
-                with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
-                    out = self.model.model.get_image_features(x, grid, return_dict=True)
-                deep = getattr(out, "deepstack_features", None) or []
-                deep = [d.chunk(n) if torch.is_tensor(d) else d for d in deep]  # older versions of the library leave the pictures together
-                for i, q in enumerate(part):
-                    features[id(q)] = (out.pooler_output[i], [d[i] for d in deep])
-                    if self.keep:
-                        q.features = features[id(q)]
-        return [features[id(q)] for q in pictures]
+    def pad(self, rows):
+        """B lists of at least one id -> ids (B, W), and where they are tokens (B, W)."""
+        width = max(map(len, rows))
+        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.device)
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        return ids, torch.arange(width, device=self.device) < lengths[:, None]
 
-    # ---- the one primitive: read more of a conversation --------------------------------------------
-
-    def extend(self, context, rows, pictures=()):
-        """Let the model read `rows` (a list of B id lists) after what `context` holds, which grows. Returns the hidden states (B, W, D) of the new columns.
-
-        `pictures`: those of the first row in order, then of the second, and so on. Rows are padded on the right with masked columns.
-        """
-        lengths = torch.tensor([len(r) for r in rows], device=self.device)
-        width = int(lengths.max())
-        ids = torch.tensor([[*r, *[0] * (width - len(r))] for r in rows], device=self.device)
-        column = torch.arange(width, device=self.device)
-        new = column < lengths[:, None]
-        past = context.valid.shape[1]
+    def extend(self, context, ids, new, pictures=()):
+        """Let the model read `ids` (B, W) where `new` (B, W) is True, after what `context` holds,
+        which grows. Returns the hidden states (B, W, D) of the new columns. pictures: those of the
+        first row in their order, then of the second, and so on."""
+        (rows, width), past = ids.shape, context.valid.shape[1]
         context.valid = torch.cat([context.valid, new], 1)
-        positions, advance = column.expand(3, len(rows), width), lengths
-        embeds, extra = self.model.get_input_embeddings()(ids), {}
+        embeds, extra = self.model.get_input_embeddings()(ids), {CACHE: context.cache}
+        positions = (new.long().cumsum(1) - 1).expand(3, rows, width)
         if pictures:
-            grids = iter([(p.rows, p.cols) for p in pictures])
-            steps = [self.positions(r, grids) for r in rows]
-            padded = [np.pad(p, ((0, 0), (0, width - p.shape[1]))) for p, _ in steps]
-            positions = torch.tensor(np.stack(padded, 1), device=self.device)
-            advance = torch.tensor([a for _, a in steps], device=self.device)
-            features = self.encode_pictures(pictures)
             seen = ids.eq(self.image_id) & new
-            embeds = embeds.masked_scatter(seen[..., None], torch.cat([f for f, _ in features]).to(embeds.dtype))
-            if features[0][1]:  # Qwen3-VL adds deeper visual features to its first layers
-                deep = [torch.cat(level) for level in zip(*(d for _, d in features))]
-                extra = {"visual_pos_masks": seen, "deepstack_visual_embeds": deep}
+            positions = self.positions(seen, [p.grid for p in pictures])
+            visual, deep = zip(*self.encode_pictures(pictures))
+            embeds = embeds.masked_scatter(seen[..., None], torch.cat(visual).to(embeds.dtype))
+            if deep[0]:  # Qwen3-VL adds deeper visual features to its first layers
+                extra |= {"visual_pos_masks": seen,
+                          "deepstack_visual_embeds": [torch.cat(level) for level in zip(*deep)]}
         mask = context.valid[:, None, None, :]
         if width > 1:  # a new column sees what came before, and the new ones up to itself
-            mask = mask & (torch.arange(past + width, device=self.device) <= past + column[:, None])
-        hidden = self.run(context, embeds, mask, positions + context.position[:, None], **extra)
-        context.position = context.position + advance
-        context.last = hidden[torch.arange(len(rows), device=self.device), lengths - 1]
+            column = torch.arange(past + width, device=self.device)
+            mask = mask & (column <= column[past:, None])
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds, attention_mask=mask, use_cache=True,
+            position_ids=positions + context.position[:, None], **extra).last_hidden_state
+        context.cache.length += width  # after the last layer has written its keys
+        row, end = torch.arange(rows, device=self.device), (new.sum(1) - 1).clamp(min=0)
+        step, last = positions.amax(0)[row, end] + 1, hidden[row, end]
+        context.position = context.position + torch.where(new.any(1), step, 0)
+        context.last = last if past == 0 else torch.where(new.any(1)[:, None], last, context.last)
         return hidden
 
-    def run(self, context, embeds, mask, positions, **extra):
-        """The language model on new columns: embeds (B, W, D), mask (B, 1, 1 or W, L + W), positions (3, B, W)."""
-        out = self.model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions,
-                                              past_key_values=context.cache, use_cache=True, **extra)
-        context.cache.length += embeds.shape[1]  # every layer writes its new keys from there on, so it moves after the last one
-        return out.last_hidden_state
-
-    def positions(self, ids, grids):
-        """M-RoPE positions (3, W) of one row, counted from 0, and by how much they advance.
-
-        A text token takes one step on all three axes. An image's tokens keep the time axis and spread over
-        rows and columns; the text after it goes on from the larger side.
-        """
-        parts, start = [], 0
-        for is_image, run in itertools.groupby(ids, key=lambda i: i == self.image_id):
-            count = sum(1 for _ in run)
-            if is_image:
-                rows, cols = next(grids)
-                at = np.indices((1, rows, cols)).reshape(3, -1)
-                parts.append(at + start)
-                start += max(rows, cols)
-            else:
-                parts.append(np.broadcast_to(np.arange(count) + start, (3, count)))
-                start += count
-        return np.concatenate(parts, 1), start
+    def positions(self, seen, grids):
+        """M-RoPE positions (3, B, W) from 0. seen (B, W): columns of images; grids: their sizes.
+        A text token takes one step on all three axes. An image's tokens keep the time axis and
+        spread over rows and columns; the text after it goes on from the larger side."""
+        found, grids = [], iter(grids)
+        for row in seen.tolist():
+            parts, start, column = [], 0, 0
+            while column < len(row):
+                grid = next(grids) if row[column] else (1, 1)
+                parts.append(start + np.indices((1, *grid)).reshape(3, -1))
+                start += max(grid)
+                column += math.prod(grid)
+            found.append(np.concatenate(parts, 1))
+        return torch.tensor(np.stack(found, 1), device=self.device)
 
     def log_softmax(self, hidden):
-        """Log-probs (..., V) of the next token, over the tokens that may be sampled, at the sampling temperature."""
-        logits = self.model.get_output_embeddings()(hidden).float() / self.temperature
+        """Log-probs (..., V) of the next token at the sampling temperature, banned ones -inf."""
+        logits = self.model.get_output_embeddings()(hidden).float() / self.cfg.policy.temperature
         return logits.masked_fill(self.banned, -torch.inf).log_softmax(-1)
 
     @torch.no_grad()
-    def sample(self, context, forced, greedy=False, generator=None):
-        """One assistant turn for each row: a list of (token ids, their log-probs), with the end token unless cut off at policy.max_new.
-
-        forced: a list of B id lists; a row's turn starts with these instead of sampled tokens.
-        """
-        size, max_new = len(forced), self.cfg.policy.max_new
-        start = torch.full((size, max_new), -1, device=self.device)
-        for row, ids in enumerate(forced):
-            if ids:
-                start[row, : len(ids)] = torch.tensor(ids, device=self.device)
-        tokens, logps, done = [], [], torch.zeros(size, dtype=torch.bool, device=self.device)
-        for step in range(max_new):
+    def sample(self, context, forced, luck=None):
+        """One turn for each row: a list of (ids, their log-probs). UserError if one is not finite.
+        forced: ids with which all turns of a row begin, B lists. luck: (B, policy.max_new) numbers
+        in [0, 1) that decide the tokens, so that no row depends on its neighbours; None: greedy."""
+        length, tokens, logps = self.cfg.policy.max_new, [], []
+        first = [[*ids, *[-1] * (length - len(ids))] for ids in forced]
+        first = torch.tensor(first, device=self.device)
+        done = torch.zeros(len(forced), dtype=torch.bool, device=self.device)
+        for step in range(length):
             logp = self.log_softmax(context.last)
-            if not torch.isfinite(logp.amax()):
-                raise UserError("the policy's log-probs are not finite: lower the learning rate and give run=ANOTHER_NAME")
-            token = logp.argmax(-1) if greedy else torch.multinomial(logp.exp(), 1, generator=generator)[:, 0]
-            token = torch.where(start[:, step] >= 0, start[:, step], token)
+            if luck is None:
+                token = logp.argmax(-1)
+            else:  # the first token at which the summed probability passes the number
+                total = logp.double().exp().cumsum(-1)
+                token = torch.searchsorted(total, luck[:, step, None] * total[:, -1:], right=True)
+                token = token[:, 0].clamp(max=logp.shape[-1] - 1)
+            token = torch.where(first[:, step] >= 0, first[:, step], token)
             tokens.append(torch.where(done, -1, token))
             logps.append(logp.gather(1, token[:, None])[:, 0])
-            self.read_token(context, token, ~done)  # the end token too: the feedback comes after it
+            self.extend(context, token[:, None], ~done[:, None])  # the end token is read too
             done = done | (token == self.end_id)
             if done.all():
                 break
-        tokens, logps = torch.stack(tokens, 1).tolist(), torch.stack(logps, 1).tolist()
-        turns = [[t for t in row if t >= 0] for row in tokens]
-        return [(ids, logp[: len(ids)]) for ids, logp in zip(turns, logps)]
-
-    def read_token(self, context, token, new):
-        """`extend` by one token for the rows in `new` (B,), without leaving the device."""
-        context.valid = torch.cat([context.valid, new[:, None]], 1)
-        embeds = self.model.get_input_embeddings()(token)[:, None]
-        positions = context.position[None, :, None].expand(3, -1, 1)
-        hidden = self.run(context, embeds, context.valid[:, None, None, :], positions)[:, 0]
-        context.position = context.position + new
-        context.last = torch.where(new[:, None], hidden, context.last)
+        if not torch.isfinite(logps[0]).all():
+            raise UserError("the policy's log-probs are not finite: lower the learning rate")
+        turns = [[t for t in row if t >= 0] for row in torch.stack(tokens, 1).tolist()]
+        return [(ids, logp[: len(ids)]) for ids, logp in zip(turns, torch.stack(logps, 1).tolist())]
 
     def log_probs(self, episodes):
-        """Log-probs, with gradients, and entropies of the action tokens of Episodes.
-
-        Returns two lists of (action tokens,) tensors. An opening that several episodes share is read once: rollouts of one
-        start hold the very same objects (see `play`), so their identity tells.
-        """
-        openings, opening_of = {}, []  # {opening: its first episode}; the number of each episode's opening
-        for e in episodes:
-            opening = (id(e.question_ids), *map(id, e.replayed))
-            openings.setdefault(opening, e)
-            opening_of.append(list(openings).index(opening))
-        heads = list(openings.values())
-        context = Context(len(heads), self.device)
-        self.extend(context, [e.opening for e in heads], [p for e in heads for p in e.opening_pictures])
+        """Log-probs, with gradients, and entropies of the episodes' action tokens: two lists of
+        (action tokens,) tensors. Openings are read once for all episodes of a start."""
+        heads = {e.start: e.opening for e in episodes}
+        context, rest = Context(len(heads), self.device), [e.rest for e in episodes]
+        self.read(context, heads.values())
         if len(heads) < len(episodes):
-            context.take(torch.tensor(opening_of, device=self.device))
-        first, rows = context.last[:, None], [e.rest for e in episodes]
-        hidden = self.extend(context, rows, [p for e in episodes for p in e.rest_pictures])
-        hidden = torch.cat([first, hidden], 1)  # column j now predicts token j of the row
+            context.take([list(heads).index(e.start) for e in episodes])
+        first = context.last[:, None]
+        hidden = torch.cat([first, self.read(context, rest)], 1)  # column j predicts token j
         at = [(row, column) for row, e in enumerate(episodes) for column, _ in e.actions]
+        taken = torch.tensor([rest[row][0][column] for row, column in at], device=self.device)
         row, column = torch.tensor(at, device=self.device).T
-        taken = torch.tensor([rows[r][c] for r, c in at], device=self.device)
-        # With checkpointing the logits are made a part at a time, and again in the backward pass.
-        score = functools.partial(data_prep.in_parts, self.score) if self.cfg.policy.checkpointing else self.score
+        # Logits only where the loss looks, 256 tokens at a time, and computed again in the
+        # backward pass: with a real vocabulary they take 0.6 MB a token.
+        parts = [recompute(self.score, *part) for part in
+                 zip(hidden[row, column].split(256), taken.split(256))]
         counts = [len(e.actions) for e in episodes]
-        return [found.split(counts) for found in score(hidden[row, column], taken)]  # logits only where the loss looks
+        logps, entropies = (torch.cat(values).split(counts) for values in zip(*parts))
+        return logps, entropies
+
+    def read(self, context, texts):
+        """`extend` by texts: (ids, pictures) of each row."""
+        return self.extend(context, *self.pad([ids for ids, _ in texts]),
+                           [p for _, pictures in texts for p in pictures])
 
     def score(self, hidden, taken):
-        """Log-probs of the tokens taken (N,) and entropies (N,), from the hidden states (N, D) that predict them."""
+        """Log-probs of the tokens taken (N,) and entropies (N,), from hidden states (N, D)."""
         logp = self.log_softmax(hidden)
-        with torch.no_grad():  # a figure for the log: nothing is kept for a backward pass
+        with torch.no_grad():  # a figure for the log
             entropy = -(logp.exp() * logp.masked_fill(self.banned, 0)).sum(-1)
         return logp.gather(1, taken[:, None])[:, 0], entropy
 
+    def save(self, folder):
+        """Write a Hugging Face folder, whole or not at all. UserError if that fails."""
+        folder, temporary = Path(folder), Path(f"{folder}.tmp")
+        try:
+            for part in (self.model, self.tokenizer, self.processor):
+                part.save_pretrained(temporary)
+        except Exception as error:  # the libraries raise many kinds where a disk is full
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise UserError(f"{folder} cannot be written: {error}") from None
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(temporary, folder)
+
+def source_of(name):
+    """What `model=` names: a folder, as it stands or beside this file, or a hub name."""
+    folder = Path(name) if Path(name).is_dir() else HERE / name
+    if (folder / "config.json").is_file():
+        return str(folder)
+    if folder.exists() or not re.fullmatch(r"(?!assets/|runs/)[\w-][\w.-]*/[\w.-]+", name):
+        raise UserError(f"model={name}: no folder with a config.json; name a Hugging Face folder")
+    return name
+
+@functools.lru_cache
+def load_processor(source):
+    """The image processor, in the class that needs no torchvision; both families share it."""
+    return qwen_images.Qwen2VLImageProcessorPil.from_pretrained(source)
+
+def device_of(cfg):
+    if cfg.device in ("cuda", "mps") and not getattr(torch, cfg.device).is_available():
+        raise UserError(f"device={cfg.device}: torch sees none; use device=cpu")
+    if cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu" if cfg.device == "auto" else cfg.device)
 
 def load_policy(name, cfg):
-    """A Policy from a Hugging Face folder or hub name. UserError if there is none."""
-    return Policy(*data_prep.load_model(name, cfg), cfg)
+    """A Policy from a Hugging Face folder or hub name, on cfg.device. UserError if it has none."""
+    source, device, dtype = source_of(name), device_of(cfg), cfg.policy.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    try:
+        model, about = transformers.AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        if "image" not in str(tokenizer.chat_template):  # some releases keep it for the processor
+            file = transformers.utils.cached_file(source, "chat_template.json")
+            tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
+        processor = load_processor(source)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # half a download, another architecture: many kinds
+        line = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"model={name} cannot be loaded: {line}") from None
+    if lost := sorted(about["missing_keys"]):  # the library would make them up
+        raise UserError(f"model={name}: its files lack {len(lost)} tensors, such as {lost[0]}")
+    if sum(p.numel() for p in model.parameters()) > 100_000_000:
+        for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
+            layer.forward = functools.partial(checkpointed, layer, layer.forward)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: at each token
+    return Policy(model.to(device).eval(), tokenizer, processor, cfg)
+
+def checkpointed(layer, forward, hidden, **rest):
+    """Gradient checkpointing of a layer: only its input is kept. The library's own switch takes
+    the cache away, which holds the shared opening. Here a layer's keys and values go into the
+    checkpoint and come out of it, so that computing it twice has no side effect."""
+    cache = rest.get(CACHE)
+    if not torch.is_grad_enabled():
+        return forward(hidden, **rest)
+    if cache is None:  # a layer of the vision tower
+        return recompute(functools.partial(forward, **rest), hidden)
+    number = layer.self_attn.layer_idx
+
+    def run(hidden, *old):
+        own = KeyValues()
+        if old:
+            own.layers[number], own.length = old, old[0].shape[2]
+        return forward(hidden, **rest | {CACHE: own}), *own.layers[number]
+
+    old = [t[:, :, : cache.length] for t in cache.layers.get(number, ())]
+    hidden, *cache.layers[number] = recompute(run, hidden, *old)
+    return hidden
 
 
-# ==================== 5. Rollouts =====================================================================
-
-
-def begin(policy, task, example):
+# ==================== 5. Rollouts =================================================================
+def begin(policy, task, example, start=0):
     """An episode before its first turn."""
-    picture = policy.picture(task.image(example))
-    head, _ = policy.prompt(*task.question(example))
-    return Episode(example, policy.place(head, picture), picture)
-
-
-def give_feedback(policy, task, episode, turn, drawn):
-    """The user's reply to an attempt: its picture and the words around it become part of `turn`. `drawn`: a cache."""
-    key = episode.example["id"], turn.attempt
-    if key not in drawn:
-        drawn[key] = policy.picture(task.feedback(episode.example, turn.attempt))
-    turn.picture = drawn[key]
-    _, between = policy.prompt(*task.question(episode.example))
-    turn.feedback = policy.place(between, turn.picture)
-
+    picture = Picture(task.image(example), policy.processor)
+    head, _, _ = policy.prompt(*task.question(example))
+    return Episode(example, policy.place(head, picture), picture, start)
 
 def read_turn(policy, task, ids, logps=(), forced=0):
-    """A Turn from its ids; the first `forced` of them were not sampled. A turn cut off before its end token is bad."""
+    """A Turn from its ids, of which the first `forced` were not sampled. One that was cut off
+    before its end token is bad."""
     text = policy.decode(ids)
     parsed = parse_turn(task, text) if ids[-1] == policy.end_id else ("bad", None, None)
     return Turn(ids, [i >= forced for i in range(len(ids))], logps, *parsed, text)
 
+def reply(policy, task, episode, turn, feedback=None):
+    """Put the user's reply to an answer into `turn`. feedback(example, answer): the picture to
+    show, the task's own by default; the probes show others."""
+    image = (feedback or task.feedback)(episode.example, turn.answer)
+    turn.picture = Picture(image, policy.processor)
+    turn.feedback = policy.place(policy.prompt(*task.question(episode.example))[2], turn.picture)
 
-def resume(policy, task, example, spoken, force_think=False):
-    """An episode that goes on after given turns, each a list of ids, and the feedback to them."""
-    episode = begin(policy, task, example)
+def continue_episode(policy, task, example, spoken, start=0, feedback=None):
+    """An episode that goes on after given turns (lists of ids) and the feedback to them."""
+    episode = begin(policy, task, example, start)
     for ids in spoken:
-        turn = read_turn(policy, task, ids)
-        give_feedback(policy, task, episode, turn, {})
-        episode.replayed.append(turn)
-    episode.force_think = force_think
+        episode.given.append(read_turn(policy, task, ids))
+        reply(policy, task, episode, episode.given[-1], feedback)
     return episode
 
-
 def well_formed(task, turns, unfinished=False):
-    """The protocol: turn 1 is an ANSWER without THINK; each revision has a THINK; no two ANSWERs are the same;
-    exactly one FINAL, last, without THINK, repeating the last ANSWER's attempt exactly (`same` is not enough). An empty THINK is a THINK.
-    unfinished: the FINAL may still come.
-    """
-    attempts = []
+    """Turn 1 is an ANSWER without THINK; each revision has a THINK; no ANSWER repeats another; one
+    FINAL, last, without THINK, empty or with the last answer. unfinished: the FINAL may follow."""
+    answers = []
     for turn in turns:
         if turn.kind == "final":
-            return turn is turns[-1] and turn.attempt in attempts[-1:] and turn.thought is None
-        needs_think = bool(attempts)
-        if turn.kind == "bad" or needs_think != (turn.thought is not None):
+            fits = turn is turns[-1] and turn.thought is None and bool(answers)
+            return fits and turn.answer in (None, answers[-1])
+        if turn.kind == "bad" or (turn.thought is None) == bool(answers):
             return False
-        if any(task.same(turn.attempt, a) for a in attempts):
+        if any(task.same(turn.answer, other) for other in answers):
             return False
-        attempts.append(turn.attempt)
+        answers.append(turn.answer)
     return unfinished
 
+@torch.no_grad()
+def play(policy, task, starts, samples, max_turns, luck=None, training=False, feedback=None):
+    """Roll out `samples` episodes from every start, turn by turn, policy.rows 256 at a time.
 
-def solved(task, episode, which=-1):
-    """Whether the last attempt (which=0: the first) is exact, committed or not; False without an attempt."""
-    return bool(episode.attempts) and task.exact(episode.example, episode.attempts[which])
-
-
-def play(policy, task, starts, samples, max_turns, generator, greedy=False, training=False):
-    """Roll out `samples` continuations of every start, all of them turn by turn as one batch.
-
-    starts: Episodes without new turns. Returns len(starts) * samples Episodes, those of one start together.
-    An episode ends at FINAL, at a turn that cannot be parsed, or after `max_turns` new turns. In training it
-    also ends where it is already malformed: its reward is 0 whatever follows.
+    starts: Episodes without new turns. luck: see `uniforms`; None: greedy. Returns len(starts) *
+    samples Episodes, those of one start together. An episode ends with a FINAL, with a turn that
+    cannot be parsed, or after `max_turns` new turns; in training also where it is already
+    malformed, since it then earns 0 whatever follows.
     """
-    with torch.no_grad(), data_prep.one_thread(policy):
-        context = Context(len(starts), policy.device)
-        policy.extend(context, [s.opening for s in starts], [p for s in starts for p in s.opening_pictures])
-        context.take(torch.arange(len(starts), device=policy.device).repeat_interleave(samples))
-        episodes = [dataclasses.replace(s, turns=[]) for s in starts for _ in range(samples)]
-        live, drawn, think = episodes, {}, policy.encode("<THINK>")
-        for number in range(1, max_turns + 1):
-            forced = [think if e.force_think and number == 1 else [] for e in live]
+    most, episodes = max(1, policy.cfg.policy.rows // samples), []
+    for at in range(0, len(starts), most):
+        if Stopped.asked and not training:
+            raise Stopped
+        part = starts[at : at + most]
+        context = Context(len(part), policy.device)
+        policy.read(context, [start.opening for start in part])
+        context.take([n for n in range(len(part)) for _ in range(samples)])
+        live = range(len(episodes), len(episodes) + len(part) * samples)
+        episodes += [dataclasses.replace(s, turns=[]) for s in part for _ in range(samples)]
+        for number in range(max_turns):
+            forced = [policy.encode("<THINK>") if episodes[n].force_think and number == 0 else []
+                      for n in live]
+            spoken = policy.sample(context, forced, None if luck is None else luck[live, number])
             going = []
-            for row, (ids, logps) in enumerate(policy.sample(context, forced, greedy, generator)):
-                episode, turn = live[row], read_turn(policy, task, ids, logps, len(forced[row]))
+            for row, (ids, logps) in enumerate(spoken):
+                episode = episodes[live[row]]
+                turn = read_turn(policy, task, ids, logps, len(forced[row]))
                 episode.turns.append(turn)
                 hopeless = training and not well_formed(task, episode.all_turns, unfinished=True)
-                if turn.kind == "answer" and number < max_turns and not hopeless:  # at the turn limit nothing could follow a feedback
-                    give_feedback(policy, task, episode, turn, drawn)
+                if turn.kind == "answer" and number + 1 < max_turns and not hopeless:
+                    reply(policy, task, episode, turn, feedback)
                     going.append(row)
             if not going:
                 break
-            live = [live[row] for row in going]  # finished rows leave the batch
-            context.take(torch.tensor(going, device=policy.device))
-            policy.extend(context, [e.turns[-1].feedback for e in live], [e.turns[-1].picture for e in live])
+            live = [live[row] for row in going]  # episodes that have ended leave the batch
+            context.take(going)
+            last = [episodes[n].turns[-1] for n in live]
+            policy.read(context, [(turn.feedback, [turn.picture]) for turn in last])
     return episodes
 
+def uniforms(policy, names, samples, turns):
+    """Numbers in [0, 1) that decide what is sampled: (len(names) * samples, turns, policy.max_new).
+    They hang on the names alone, such as "seed step question". So a rollout is the same however
+    many workers share the questions, and a run that was stopped goes on as if it had not been."""
+    found, size = [], (samples, turns, policy.cfg.policy.max_new)
+    for name in names:
+        seed = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+        generator = torch.Generator().manual_seed(seed)
+        found.append(torch.rand(size, generator=generator, dtype=torch.float64))
+    return torch.cat(found).to(policy.device)
 
-# ==================== 6. Reward ======================================================================
 
-
+# ==================== 6. Reward ===================================================================
 def reward(task, episode, cfg):
-    """R of one episode; a roll-in's stored attempts count as well: their progress, repetitions and revisions.
+    """R of an episode, given answers included (cfg: the settings `reward`).
 
-        malformed: 0        committed and exact: 1 + bonus * reflection - revision_cost * revisions
-        committed and wrong: form + (1 - form) * reflection
-        turn limit reached without FINAL, exact or not: 0, or if `unfinished` > 0: unfinished + (1 - unfinished) * reflection
-        reflection = clip(sum_t w(p_{t+1} - p_t), 0, 1),  w(d) = d for d >= 0, worse * d for d < 0
+        malformed, or the turn limit without FINAL:  R = 0
+        else                                         R = max(R_answer, R_refl)
+        R_answer = 1 if the last answer is right, else 0
+        R_refl   = form + (1 - form) r  [+ bonus r if right]  - cost T
+        r        = clip(sum_t w(p_(t+1) - p_t), 0, 1),   w(d) = d if d >= 0 else worse * d
 
-    Where `bonus` is above `revision_cost`, failing first and then correcting pays more (up to 1.09 by default) than being right at once
-    (1): a policy may learn to start low, so first attempts are reported with every result.
-    p_t in [0, 1] is the progress of attempt t; `worse` below 1 (0.5 in the paper) also pays for going down and up again. Without
-    reflection shaping reflection and revisions count 0. `unfinished` is 0 in the paper: a wrong answer that is committed in time
-    then pays more than another attempt at the turn limit. Above 0, long conversations that solve nothing pay as well.
-    The embedded model points with form = bonus = 0 and unfinished = 0.3: there the turn limit pays more than a wrong commit.
-    cfg: the section `reward` of the settings.
+    p_t is `task.progress` of answer t, T the number of turns with the FINAL. Defaults: form 0.1;
+    grounding: worse 1, bonus 0, cost 0; navigation: worse 0.5, bonus 0.2, cost 0.05. Plain RL
+    (reflection no) has R = R_answer. With a bonus, failing first pays more than being right at
+    once: a policy may learn to start low, so first answers are reported with every result.
     """
-    if not well_formed(task, episode.all_turns, unfinished=cfg.unfinished > 0):
+    if not well_formed(task, episode.all_turns):
         return 0.0
-    attempts = episode.attempts
-    p = [task.progress(episode.example, a) for a in attempts]
-    gains = [after - before for before, after in zip(p, p[1:])] if cfg.reflection else []
-    reflection = min(1.0, max(0.0, sum(d if d >= 0 else cfg.worse * d for d in gains)))
-    if not episode.committed:
-        return cfg.unfinished + (1.0 - cfg.unfinished) * reflection
-    if task.exact(episode.example, attempts[-1]):
-        return 1.0 + cfg.bonus * reflection - cfg.revision_cost * len(gains)
-    return cfg.form + (1.0 - cfg.form) * reflection
+    right = task.exact(episode.example, episode.answers[-1])
+    if not cfg.reflection:
+        return float(right)
+    p = [task.progress(episode.example, answer) for answer in episode.answers]
+    gains = [after - before for before, after in itertools.pairwise(p)]
+    r = min(1.0, max(0.0, sum(d if d >= 0 else cfg.worse * d for d in gains)))
+    reflection = cfg.form + (1 - cfg.form) * r + cfg.bonus * r * right
+    return max(float(right), reflection - cfg.cost * len(episode.all_turns))
 
 
-# ==================== 7. Roll-in buffer ==============================================================
+# ==================== 7. Buffer ===================================================================
+class Buffer:
+    """States to start roll-ins from, in two queues: `wrong` ones, whose last answer is wrong, and
+    `right` ones (buffer.right_share 0.3), so that the policy practises stopping too. One queue for
+    both would fill up with right states as it gets better. First in, first out; a state is taken
+    once. It is (example id, ids of each turn, whether the last answer is right)."""
+    def __init__(self, cfg, examples):
+        self.cfg, self.examples = cfg, {e["id"]: e for e in examples}
+        right = round(cfg.size * cfg.right_share)
+        self.wrong, self.right = deque(maxlen=cfg.size - right), deque(maxlen=right)
+
+    def state_of(self, task, episode):
+        """The state of a fresh episode that is stored, or None. store=committed: its end, with the
+        FINAL cut off; otherwise its first wrong answer that was shown, or else its last answer."""
+        committed = self.cfg.store == "committed"
+        shown = [n for n, turn in enumerate(episode.turns) if turn.picture is not None]
+        if episode.given or not shown or committed and not episode.committed:
+            return None  # states would grow out of states
+        right = [task.exact(episode.example, episode.turns[n].answer) for n in shown]
+        cut = -1 if committed or all(right) else right.index(False)
+        spoken = [turn.ids for turn in episode.turns[: shown[cut] + 1]]
+        return episode.example["id"], spoken, right[cut]
+
+    def add(self, state):
+        (self.right if state[2] else self.wrong).append(state)
+
+    def take(self, rng):
+        """The oldest state of one of the queues, or None where that queue is empty."""
+        queue = self.right if rng.random() < self.cfg.right_share else self.wrong
+        return queue.popleft() if queue else None
+
+    def start(self, policy, task, state, number):
+        """The episode to go on with; its pictures are made again. With buffer.force_think a wrong
+        state goes on with a forced <THINK>, as the authors do: then nothing is left to decide."""
+        name, spoken, right = state
+        episode = continue_episode(policy, task, self.examples[name], spoken, number)
+        episode.force_think = self.cfg.force_think and not right
+        return episode
 
 
-@dataclasses.dataclass
-class RollIn:
-    """A stored prefix: the ids of an episode's first turns, up to a decision to commit or to revise, labelled by the last attempt.
-
-    After a wrong attempt the next turn opens with a forced <THINK>, after which only a revision is well formed. So such a roll-in
-    trains the revision and what follows; whether to revise is learnt from fresh episodes and from right prefixes.
-    """
-
-    example: dict
-    turns: list  # a list of ids each; their pictures are drawn again
-    right: bool
-    step: int  # optimizer step at which it was sampled
-
-    def start(self, policy, task):
-        """The episode to go on with, as it was when it was cut."""
-        return resume(policy, task, self.example, self.turns, force_think=not self.right)
-
-
-class RollInBuffer:
-    """First in, first out. A prefix was sampled by the policy of its step, and is stale `max_age` optimizer steps later.
-
-    In the default run a step stores some 50 prefixes, so that the deque drops them long before `max_age`.
-    """
-
-    def __init__(self, cfg):
-        self.cfg, self.entries = cfg, deque(maxlen=cfg.size)
-
-    def add(self, task, episode, step, rng):
-        """Store one prefix of a fresh episode, if it offers one.
-
-        The release cuts only episodes that end in FINAL. A model that seldom commits wrong answers would then
-        leave the buffer without failures, so we cut before any decision that follows a drawn attempt.
-        """
-        if episode.replayed:  # roll-ins never enter: prefixes would grow out of prefixes
-            return
-        cuts = [n for n, t in enumerate(episode.turns[: self.cfg.max_attempts], 1)
-                if t.picture is not None and well_formed(task, episode.turns[:n], unfinished=True)]
-        stored = sum(e.example["id"] == episode.example["id"] for e in self.entries)
-        if not cuts or stored >= self.cfg.per_question:
-            return
-        cut = rng.choice(cuts)
-        right = task.exact(episode.example, episode.turns[cut - 1].attempt)
-        self.entries.append(RollIn(episode.example, [t.ids for t in episode.turns[:cut]], right, step))
-
-    def draw(self, step, rng):
-        """A RollIn, or None while fewer than `start` of the stored prefixes are within `max_age`. Where none has the label drawn, any of them."""
-        young = [e for e in self.entries if step - e.step <= self.cfg.max_age]
-        if len(young) < self.cfg.start:
-            return None
-        right = rng.random() >= self.cfg.wrong_share
-        return rng.choice([e for e in young if e.right == right] or young)
-
-    def state(self):
-        """The entries as JSON can hold them."""
-        return [[e.example["id"], e.turns, e.right, e.step] for e in self.entries]
-
-    def restore(self, state, examples):
-        examples = {e["id"]: e for e in examples}
-        self.entries.extend(RollIn(examples[name], *rest) for name, *rest in state)
-
-
-# ==================== 8. Loss ========================================================================
-
-
-def turn_weights(episode, prefix_mask, rng):
-    """Prefix masking: the weight in the loss of every action token of an episode, in order.
-
-    none:     every turn weighs 1.
-    random:   k ~ U{1..T}; turns k..T weigh 1, those before 0. T: its turns, a malformed one being the last. (The paper's random turn masking, RTM.)
-    expected: its average over k: turn t weighs P(k <= t) = t / T.
-    Roll-in episodes are not masked: their replayed turns are not trained anyway.
-
-    Both forms are biased, equally on average: later actions decide T, and the longer an episode becomes, the less its early turns weigh, for good
-    or ill. So a baseline no longer cancels in the expectation. With a fixed T it would, and turns would only be weighed differently.
-    """
+# ==================== 8. Loss =====================================================================
+# REINFORCE: the gradient of E[R] is E[sum_t (R - b) grad log pi(a_t)]. A baseline b that does not
+# depend on the actions drops out, since E[grad log pi] = 0, and lowers the variance. The mean
+# reward of the other G - 1 rollouts of the same start is such a baseline.
+#
+# Prefix masking weighs turn t by m_t in {0, 1}. For a fixed mask the argument holds turn by turn:
+# the estimate stays unbiased for the turns that it keeps. But k ~ U{1..T} depends on T, and T on
+# later actions. On average turn t weighs t/T, so that an early turn counts less the longer the
+# episode becomes, and the baseline no longer cancels. This bias is the method's own. Roll-ins need
+# no mask: their given turns are not trained, and all G rollouts share them, so that luck of the
+# prefix cancels.
+def turn_weights(episode, mask, rng):
+    """The weight in the loss of every action token of an episode (paper: random turn masking).
+    none: 1. random: turns k..T weigh 1, k ~ U{1..T}. expected: turn t weighs t/T, its average."""
     total = len(episode.turns)
-    if prefix_mask == "none" or episode.replayed:
-        weight = lambda t: 1.0
-    elif prefix_mask == "expected":
-        weight = lambda t: t / total
-    else:
-        k = rng.randint(1, total)
-        weight = lambda t: float(t >= k)
-    return [weight(t) for _, t in episode.actions]
-
+    if mask == "expected" and not episode.given:
+        return [t / total for _, t in episode.actions]
+    k = 1 if mask == "none" or episode.given else rng.randint(1, total)
+    return [float(t >= k) for _, t in episode.actions]
 
 def advantages(rewards, std_norm=False):
-    """A_i = R_i - mean of the others in its group = G/(G-1) (R_i - mean of all). rewards (N, G) -> (N, G).
-
-    std_norm: divided by the group's standard deviation as well.
-    """
-    group = rewards.shape[1]
+    """A_i = R_i - mean of the others of its group, = G/(G-1) (R_i - mean of all): (N, G) -> (N, G).
+    std_norm: divided by the group's standard deviation too, as in GRPO."""
+    rewards, group = rewards.double(), rewards.shape[1]  # in fp32 equal rewards would differ
     centred = (rewards - rewards.mean(1, keepdim=True)) * group / (group - 1)
     return centred / (rewards.std(1, keepdim=True) + 1e-6) if std_norm else centred
 
+def kl_terms(logp, reference):
+    """r - log r - 1, r = pi_SFT / pi of each token: its mean over samples is KL(pi || pi_SFT)."""
+    return (reference - logp).exp() - (reference - logp) - 1
 
-def kl_terms(logp, ref):
-    """r - log r - 1 with r = pi_SFT / pi, token by token: never below 0, and on average over samples KL(pi || pi_SFT).
+def policy_loss(logps, advantage, weights, rollouts, references=None, kl=0.0):
+    """L = 1/N sum_i [ - A_i sum_j m_ij log pi(y_ij)  +  kl sum_j (r_ij - log r_ij - 1) ].
 
-    Differentiated as a loss, as GRPO does, its expected gradient is that of KL(pi_SFT || pi).
-    """
-    return (ref - logp).exp() - (ref - logp) - 1
-
-
-def policy_loss(logps, reference, advantage, weights, kl, rollouts):
-    """Prefix-masked REINFORCE for some episodes of a batch; summed over micro-batches it is the batch's loss.
-
-        L = 1/N sum_i sum_j [ - A_i m_ij log pi(y_ij)  +  kl * (r_ij - log r_ij - 1) ],  r = pi_SFT / pi,  j: the sampled tokens of rollout i
-
-    logps, reference, weights: one (tokens,) tensor an episode, reference being looked at only with a KL term; advantage: (episodes,).
-    N, the number of rollouts sampled, divides, not the number of unmasked tokens: a divisor that depends on k would make the
-    average of `random` differ from `expected`.
-    The KL term holds on all sampled tokens of the kept groups: otherwise masked turns could drift freely.
+    logps, weights, references: a (tokens,) tensor for each episode; advantage: (episodes,). Summed
+    over micro-batches it is the batch's loss. N, the number of rollouts, divides, and not the
+    number of tokens in the loss: a divisor that depends on k would break `expected` as the average
+    of `random`. The KL term holds on masked turns too: otherwise they could drift freely.
     """
     loss = 0.0
-    for logp, ref, advantage_i, mask in zip(logps, reference, advantage, weights):
-        loss = loss - advantage_i * (mask * logp).sum()
+    for i, (logp, weight) in enumerate(zip(logps, weights)):
+        loss = loss - advantage[i] * (weight * logp).sum()
         if kl:
-            loss = loss + kl * kl_terms(logp, ref).sum()
+            loss = loss + kl * kl_terms(logp, references[i]).sum()
     return loss / rollouts
 
+class AdamW:
+    """AdamW (betas 0.9 and 0.95, no decay) for fp32 weights, and for bf16 ones with Kahan's sum.
+    A bf16 number has 8 significant bits: an update below 1/256 of a weight would be rounded away.
+    What rounding takes is kept in `rest` and added to the next update. The gradient's norm is
+    clipped to 1. A step whose norm is not finite changes nothing; ten in a row raise UserError."""
+    def __init__(self, policy):
+        self.weights = [p for p in policy.model.parameters() if p.requires_grad]
+        names = ["mean", "square"] + ["rest"] * (self.weights[0].dtype == torch.bfloat16)
+        self.kept = {name: [torch.zeros_like(p) for p in self.weights] for name in names}
+        self.steps, self.skipped = torch.tensor(0), 0
 
-# ==================== 9. SFT =========================================================================
+    def state(self):
+        """{name: tensor}, weights too: all that a checkpoint needs of model and optimizer."""
+        named = {"weight": self.weights, **self.kept}.items()
+        return {"steps": self.steps} | {
+            f"{name}.{n}": t.detach() for name, tensors in named for n, t in enumerate(tensors)}
+
+    @torch.no_grad()
+    def step(self, lr):
+        """One update from the weights' gradients, which are cleared. Returns their norm."""
+        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32)
+                 for p in self.weights if p.grad is not None]
+        norm = torch.stack(norms).norm().item() if norms else 0.0
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped == 10:
+            raise UserError("ten steps in a row had a gradient that is not finite: lower the "
+                            "learning rate and give run=ANOTHER_NAME")
+        self.steps += not self.skipped
+        for number, p in enumerate(self.weights):
+            if not self.skipped:
+                grad = torch.zeros_like(p) if p.grad is None else p.grad
+                self.update(number, p, grad.float() * min(1.0, 1.0 / (norm + 1e-6)), lr)
+            p.grad = None
+        return norm
+
+    def update(self, number, weight, grad, lr):
+        mean, square = self.kept["mean"][number], self.kept["square"][number]
+        mean.copy_(mean.float().lerp(grad, 1 - 0.9))
+        square.copy_(square.float().lerp(grad * grad, 1 - 0.95))
+        bias1, bias2 = 1 - 0.9 ** self.steps.item(), 1 - 0.95 ** self.steps.item()
+        change = -lr / bias1 * mean.float() / ((square.float() / bias2).sqrt() + 1e-8)
+        if "rest" not in self.kept:
+            return weight.add_(change)
+        old, rest = weight.float(), self.kept["rest"][number]
+        change += rest.float()
+        weight.copy_(old + change)
+        rest.copy_(change - (weight.float() - old))
 
 
-def demonstration(policy, task, example):
-    """An SFT trace as an Episode. `loss` says what of a turn is taught; the wrong attempts of a trace never are:
-
-        <ANSWER>up</ANSWER>                        false: nothing
-        <THINK>hole</THINK><ANSWER>left</ANSWER>   "think": the THINK alone
-        <THINK>short</THINK><ANSWER>down</ANSWER>  true: all
-        <FINAL>down</FINAL>                        true
-    """
-    episode, drawn = begin(policy, task, example), {}
-    for number, given in enumerate(example["turns"], 1):
-        turn = read_turn(policy, task, [*policy.encode(given["text"]), policy.end_id])
-        think = policy.encode(given["text"].split("<ANSWER>")[0])
-        taught = len(think) if given["loss"] == "think" else len(turn.ids) if given["loss"] else 0
-        turn.trained = [i < taught for i in range(len(turn.ids))]
+# ==================== 9. SFT ======================================================================
+def demonstration(policy, task, example, turns, start):
+    """A demonstration as an Episode. turns: [(text, the leading part that is taught), ...]."""
+    episode = begin(policy, task, example, start)
+    for number, (text, taught) in enumerate(turns, 1):
+        turn = read_turn(policy, task, [*policy.encode(text), policy.end_id])
+        many = len(turn.ids) if taught == text else len(policy.encode(taught))
+        turn.loss_tokens = [i < many for i in range(len(turn.ids))]
         episode.turns.append(turn)
-        if turn.kind == "answer" and number < len(example["turns"]):
-            give_feedback(policy, task, episode, turn, drawn)
+        if number < len(turns):
+            reply(policy, task, episode, turn)
     return episode
 
+def sft(policy, task, cfg, run):
+    """Supervised fine-tuning, twice: `first` teaches first answers alone, `sft` demonstrations.
+    The loss is the mean negative log-prob of the tokens that are taught."""
+    traces = task.demonstrations()
+    check_words(policy, [text for example, turns in traces
+                         for text in (*task.question(example), *(text for text, _ in turns))])
+    answers = [(example, [(turns[-2][0].split("</THINK>")[-1],) * 2]) for example, turns in traces]
+    for stage, steps, data in (("first", cfg.sft.first_steps, answers),
+                               ("sft", cfg.sft.steps, traces)):
+        made, optimizer = {}, AdamW(policy)
+        for step in run.steps(stage, steps, optimizer):
+            numbers, total = batch_of(range(len(data)), cfg.sft.batch, step, cfg.seed), 0.0
+            for n in numbers:
+                made[n] = made.get(n) or demonstration(policy, task, *data[n], n)
+            tokens = sum(len(made[n].actions) for n in numbers)
+            for part in micro_batches(share([made[n] for n in numbers]), cfg.policy.micro):
+                logps, _ = policy.log_probs(part)
+                loss = -torch.cat(logps).sum() / tokens
+                loss.backward()
+                total += loss.item()
+            sum_gradients(policy)
+            warm = min(1.0, step / max(1, min(100, steps // 10)))
+            rate = cfg.sft.lr * warm * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+            run.log(loss=sum(gather([total])), grad_norm=optimizer.step(rate), lr=rate)
 
-def supervise(policy, batch, steps, lr, title, log):
-    """AdamW on the mean negative log-prob of the taught tokens; `batch(step)` is a list of Episodes.
+def check_words(policy, texts):
+    """UserError if the tokenizer lacks a word of the task: such words would all look the same."""
+    unknown = policy.tokenizer.unk_token_id
+    words = {word for text in set(texts) for word in TAG.sub(" ", text).split()}
+    lost = sorted(w for w in words if unknown is not None and unknown in policy.encode(w))
+    if lost:
+        raise UserError(f"words that the model's tokenizer does not have: {' '.join(lost[:20])}")
 
-    The rate warms up over a tenth of the steps (100 at most) and falls to a tenth along a cosine. `log.steps` counts from 1, or goes
-    on from the last checkpoint; `log` writes a line to metrics.jsonl; `optimizer.step` clips, updates and clears the gradients.
-    """
-    optimizer, warmup = optimizer_for(policy), max(1, min(100, steps // 10))
-    for step in log.steps(title, steps, optimizer):
-        rate = lr * min(1.0, step / warmup) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-        episodes = sorted(batch(step), key=lambda e: len(e.opening) + len(e.rest))  # little padding
-        tokens, micro = sum(len(e.actions) for e in episodes), policy.cfg.sft.micro
-        loss_of = lambda part: (-torch.cat(policy.log_probs(part)[0]).sum() / tokens,)
-        parts = [episodes[i : i + micro] for i in range(0, len(episodes), micro)]
-        # Forward and backward of each part; the gradients add up.
-        total = sum(loss for loss, in data_prep.backward(policy, loss_of, parts))
-        norm = optimizer.step(rate, clip=1.0)
-        log({"stage": title, "step": step, "loss": total, "grad_norm": norm, "skipped": optimizer.skipped, "lr": rate})
+def batch_of(items, count, step, seed):
+    """The `count` items of step 1, 2, ...; every pass over them has an order of its own, which
+    hangs on seed and pass alone."""
+    found, order = [], []
+    for n in range((step - 1) * count, step * count):
+        number, place = divmod(n, len(items))
+        if place == 0 or not order:
+            order = random.Random(f"{seed} {number}").sample(range(len(items)), len(items))
+        found.append(items[order[place]])
+    return found
 
-
-@functools.lru_cache(maxsize=8)
-def order(count, seed, epoch):
-    return random.Random(f"{seed} {epoch}").sample(range(count), count)
-
-
-def items_of(items, count, step, seed):
-    """The `count` items of a step (1, 2, ...); each pass over the items is in a new order.
-
-    Order depends on step and seed alone, so that a run that goes on after a stop draws the same.
-    """
-    return [items[order(len(items), seed, n // len(items))[n % len(items)]] for n in range((step - 1) * count, step * count)]
+def micro_batches(episodes, size):
+    """Slices of at most `size` episodes. Equal lengths stand together, for little padding; within
+    a length one start stands together, since its opening is then read once."""
+    episodes = sorted(episodes, key=lambda e: (len(e.rest[0]), e.start))
+    return [episodes[at : at + size] for at in range(0, len(episodes), size)]
 
 
-def sft(policy, task, cfg, log):
-    """Stage `first`: the first answer alone. It is the hard part for a small model, and costs little without the turns that follow.
+# ==================== 10. RL ======================================================================
+def rl(policy, task, cfg, run, reference=None):
+    """The algorithm at the head of this file, from the SFT model `policy`. reference: a frozen copy
+    of it, for the KL term. All that is random in a step hangs on the seed and its number."""
+    questions, group = task.examples("train"), cfg.rl.samples
+    optimizer, buffer = AdamW(policy), Buffer(cfg.buffer, questions)
+    rollouts = cfg.rl.questions * group
+    for step in run.steps("rl", cfg.rl.steps, optimizer, buffer):
+        # 1. Starts: a question, or a state in which the policy had to commit or correct.
+        name, plan = f"{cfg.seed} {step}", []
+        rng = random.Random(name)
+        for example in batch_of(questions, cfg.rl.questions, step, cfg.seed):
+            state = buffer.take(rng) if rng.random() >= cfg.rl.rho else None
+            plan.append((len(plan), example, state))
+        mine = share(plan)  # of this worker
+        starts = [buffer.start(policy, task, state, number) if state
+                  else begin(policy, task, example, number) for number, example, state in mine]
 
-    Stage `sft`: whole traces, with the protocol, first answers, and corrections of given wrong attempts.
-    """
-    policy.freeze_vision(cfg.sft.freeze_vision)
-    examples = task.load("sft")
-    # A trace's last turn is a FINAL with the right answer; as an ANSWER, alone, it teaches the first attempt.
-    answer = lambda e: {**e, "turns": [{"text": e["turns"][-1]["text"].replace("FINAL", "ANSWER"), "loss": True}]}
-    for title, steps, traces in (("first", cfg.sft.first_steps, map(answer, examples)), ("sft", round(cfg.sft.steps * cfg.sft.times), examples)):
-        if not steps:
-            continue
-        traces = [demonstration(policy, task, e) for e in traces]
-        if policy.keep:  # now, in one order: rounding depends on which pictures are encoded together
+        # 2. G rollouts from each start, turn by turn.
+        names = [f"{name} {number}" for number, _, _ in mine]
+        luck = uniforms(policy, names, group, cfg.rl.max_turns)
+        episodes = play(policy, task, starts, group, cfg.rl.max_turns, luck, training=True)
+
+        # 3. Rewards, and the advantage of each rollout within its group.
+        for e in episodes:
+            e.reward = reward(task, e, cfg.reward)
+        rewards = torch.tensor([e.reward for e in episodes]).view(-1, group)
+        advantage = advantages(rewards, cfg.rl.std_norm).flatten().tolist()
+
+        # 4. Prefix masking: k for each fresh rollout.
+        for n, e in enumerate(episodes):
+            e.advantage, rng = advantage[n], random.Random(f"{name} {e.start} {n % group}")
+            e.weights = turn_weights(e, cfg.rl.mask, rng)
+
+        # 5. The gradient, a micro-batch at a time. Where A is 0 there is none.
+        kept, seen = [e for e in episodes if abs(e.advantage) > 1e-6 or cfg.rl.kl], Counter()
+        for part in micro_batches(kept, cfg.policy.micro):
+            logps, entropies = policy.log_probs(part)
             with torch.no_grad():
-                policy.encode_pictures([p for e in traces for p in (*e.opening_pictures, *e.rest_pictures)])
-        supervise(policy, lambda step: items_of(traces, cfg.sft.batch, step, cfg.seed), steps, cfg.sft.lr, title, log)
+                references = reference.log_probs(part)[0] if reference else None
+            weights = [torch.tensor(e.weights, device=policy.device) for e in part]
+            loss = policy_loss(logps, [e.advantage for e in part], weights, rollouts,
+                               references, cfg.rl.kl)
+            loss.backward()
+            seen.update(figures_of(part, logps, entropies, references))
+        sum_gradients(policy)
 
+        # 6. One step, states for later roll-ins, a line in the log.
+        rate = cfg.rl.lr * min(step / 20, 1 - 0.9 * (step - 20) / max(1, cfg.rl.steps - 20))
+        norm = optimizer.step(rate)
+        states = [buffer.state_of(task, e) for e in episodes]
+        for of_start in gather([states[n : n + group] for n in range(0, len(states), group)]):
+            for state in filter(None, of_start):
+                buffer.add(state)
+        outcomes = gather([outcome(task, e) for e in episodes])
+        sums = sum(gather([seen]), Counter())
+        run.log(**health(outcomes), kept=sums["episodes"] / rollouts,
+                wrong_states=len(buffer.wrong), right_states=len(buffer.right), grad_norm=norm,
+                lr=rate, **{key: sums[key] / max(1, sums["tokens"])
+                            for key in ("entropy", "kl", "off_policy")})
 
-# ==================== 10. RL =========================================================================
+def figures_of(episodes, logps, entropies, references):
+    """Sums over the tokens of a micro-batch, for the log. off_policy: |log-prob now - when
+    sampled|; above rounding it tells of a wrong cache."""
+    logp = torch.cat(logps).detach()
+    then = [p for e in episodes for t in e.turns for p, may in zip(t.logps, t.loss_tokens) if may]
+    kl = kl_terms(logp, torch.cat(references)).sum().item() if references else 0.0
+    return {"episodes": len(episodes), "tokens": len(logp), "kl": kl,
+            "off_policy": (logp - torch.tensor(then, device=logp.device)).abs().sum().item(),
+            "entropy": torch.cat(entropies).sum().item()}
 
-
-def average(values):
-    """Mean of some numbers or truths; None if there are none."""
-    values = list(values)
+def average(outcomes, figure):
+    """The mean of a figure of some outcomes (or rows) that have it; None if none has."""
+    values = [e[figure] for e in outcomes if e[figure] is not None]
     return sum(values) / len(values) if values else None
 
+def outcome(task, episode):
+    """What an episode came to, as JSON can hold it. right: of each answer, given ones included;
+    never empty."""
+    turns, answers = episode.all_turns, episode.answers
+    right = [bool(task.exact(episode.example, answer)) for answer in answers] or [False]
+    return {"id": episode.example["id"], "given": len(episode.given), "turns": len(episode.turns),
+            "answers": [t.text for t in turns if t.kind == "answer"], "last": turns[-1].text,
+            "right": right, "first": right[0], "final": right[-1], "commit": episode.committed,
+            "at_once": episode.committed and len(episode.turns) == 1,
+            "rollins": bool(episode.given), "well_formed": well_formed(task, turns),
+            "repeats": any(task.same(a, b) for a, b in itertools.combinations(answers, 2)),
+            "shown": sum(t.picture is not None for t in turns), "reward": episode.reward}
 
-WARMUP = 20  # steps in which the learning rate rises
-
-
-def rl(policy, reference, task, cfg, log):
-    """VRRL, or what the method's row leaves of it, from the SFT model `policy`; `reference` is its frozen copy, or None."""
-    policy.freeze_vision(cfg.rl.freeze_vision)
-    if reference:
-        reference.freeze_vision(True)
-        reference.keep = policy.keep  # memory: features are worth keeping only where both models use them
-    optimizer, buffer = optimizer_for(policy), RollInBuffer(cfg.buffer)
-    examples, group = task.load("train"), cfg.rl.samples
-    at_once = max(1, (cfg.rl.at_once or cfg.rl.questions * group) // group)  # questions
-
-    def roll_out(starts, generator):
-        parts = (starts[at : at + at_once] for at in range(0, len(starts), at_once))
-        return [e for part in parts for e in play(policy, task, part, group, cfg.rl.max_turns, generator, training=True)]
-
-    # Counts 1, 2, ... under a progress bar, writes checkpoints between steps, and goes on from the last one after a stop.
-    for step in log.steps("rl", cfg.rl.steps, optimizer, state=buffer.state, restore=lambda state: buffer.restore(state, examples)):
-        began = time.time()
-        # All that is random in a step hangs on the seed and its number alone: a run that was stopped goes on as if it had not been.
-        rng, generator = random.Random(f"{cfg.seed} {step}"), torch.Generator(policy.device).manual_seed(1_000_003 * cfg.seed + step)
-
-        # --- sample: each question from its start with probability rho, or in its place a stored prefix, of any question
-        fresh, rolled = [], []
-        for example in items_of(examples, cfg.rl.questions, step, cfg.seed):
-            rollin = buffer.draw(step, rng) if rng.random() >= cfg.rl.rho else None
-            if rollin:
-                rolled.append(rollin.start(policy, task))
-            else:
-                fresh.append(begin(policy, task, example))
-        # Apart, since openings differ much in length; both may take max_turns new turns.
-        fresh, rolled = roll_out(fresh, generator), roll_out(rolled, generator)
-        episodes, sampled = fresh + rolled, time.time()
-
-        # --- advantages: within each group of rollouts from one start
-        rewards = torch.tensor([reward(task, e, cfg.reward) for e in episodes]).view(-1, group)
-        advantage = advantages(rewards, cfg.rl.std_norm).flatten().to(policy.device)
-        # Groups without signal are dropped, see the top of the file.
-        mean, spread = rewards.mean(1), rewards.max(1).values - rewards.min(1).values
-        kept = [n for n in range(len(rewards)) if spread[n] > 1e-6 and 0.01 < mean[n] < 0.99]
-
-        # --- update: one gradient step on this batch
-        tokens, entropy, divergence = add_gradient(policy, reference, episodes, data_prep.by_length(episodes, kept, group), advantage, cfg.rl, rng)
-        rate = cfg.rl.lr * min(step / WARMUP, 1.0 - 0.9 * (step - WARMUP) / max(1, cfg.rl.steps - WARMUP))
-        norm = optimizer.step(rate, cfg.rl.clip) if kept else 0.0
-
-        # --- roll-ins for later steps; in random order, so that the caps favour no question
-        for n in rng.sample(range(len(episodes)), len(episodes)):
-            buffer.add(task, episodes[n], step, rng)
-
-        # Counts of this step alone; trained tokens are those read by the update, masked ones included.
-        log.time({"stage": "rl", "step": step, "rollouts": len(episodes), "seconds_sampling": sampled - began,
-                  "seconds_update": time.time() - sampled, "sampled_tokens": sum(len(t.ids) for e in episodes for t in e.turns),
-                  "trained_tokens": tokens})
-        log({"stage": "rl", "step": step, "rollouts": step * len(episodes), "reward": rewards.mean().item(), **health(task, fresh, rolled, cfg),
-             "entropy": entropy, "kl": divergence, "kept": len(kept) / len(rewards),
-             "rollins": len(rolled) / len(episodes), "buffer": len(buffer.entries),
-             "buffer_wrong": average(not e.right for e in buffer.entries),
-             "buffer_age": average(step - e.step for e in buffer.entries),
-             "grad_norm": norm, "skipped": optimizer.skipped, "lr": rate})
-        log.bar.set_postfix(reward=f"{rewards.mean().item():.2f}")
+def health(outcomes):
+    """Where a collapse of training shows first. Sampled, so not the figures of an evaluation."""
+    fresh = [e for e in outcomes if not e["given"]]
+    wrong = [e for e in outcomes if e["given"] and not e["right"][e["given"] - 1]]
+    decisions = [ok for e in fresh for ok in e["right"][: e["shown"]]].count(False)
+    wrong_commits = sum(e["commit"] and not e["final"] for e in fresh)
+    return {"reward": average(outcomes, "reward"),
+            **{figure: average(fresh, figure) for figure in ("first", "final", "commit")},
+            "commit_wrong": wrong_commits / decisions if decisions else None,
+            "rollin_commit_wrong": average(wrong, "at_once"),
+            "rollin_repair": average(wrong, "final"),
+            "rollins": average(outcomes, "rollins"),
+            "well_formed": average(outcomes, "well_formed"),
+            "repeats": average(outcomes, "repeats"), "turns": average(fresh, "turns")}
 
 
-def add_gradient(policy, reference, episodes, rows, advantage, cfg, rng):
-    """Adds up the gradient of a batch's loss, a micro-batch at a time; the optimizer's step is still to come.
+# ==================== 11. Evaluation ==============================================================
+# Greedy play. The last answer counts, committed or not; how often it is committed stands apart.
+def repair(policy, task, failed, cfg, feedback=None):
+    """The outcomes of greedy play after given wrong first turns: failed: [(example, text), ...].
+    All models that are compared repair the same turns, those of the SFT model, so that none gains
+    by failing first. feedback: another picture than the true one. text None: the whole episode."""
+    starts = []
+    for number, (example, text) in share(list(enumerate(failed))):
+        spoken = [] if text is None else [[*policy.encode(text), policy.end_id]]
+        starts.append(continue_episode(policy, task, example, spoken, number, feedback))
+    episodes = play(policy, task, starts, 1, cfg.eval.max_turns, feedback=feedback)
+    return gather([outcome(task, e) for e in episodes])
 
-    rows: which episodes, shortest first and in pairs of one group, since a pair reads its opening once. advantage: (episodes,).
-    Returns (action tokens read, masked ones included; their mean entropy; mean KL to the SFT model). Without a KL term in the loss the KL is measured on
-    the first micro-batch only, which has the shortest rollouts. cfg: the section `rl`.
+def probes(task, failed):
+    """{name: feedback function}: pictures that are not true. Who corrects by looking is misled by
+    them; who corrects from the text so far does as well as with true ones.
+
+    unmarked: without the answer. other_place: the same picture, but another wrong answer.
+    other_picture: the picture and the answer of another question.
     """
-    if not rows:
-        return 0, None, None
-    weights = {i: torch.tensor(turn_weights(episodes[i], cfg.prefix_mask, rng), device=policy.device) for i in rows}
-    parts = [rows[at : at + cfg.micro] for at in range(0, len(rows), cfg.micro)]
+    known = [(example, parse_turn(task, text)[2]) for example, text in failed]
+    after = {e["id"]: [*known[n + 1 :], *known[: n + 1]] for n, (e, _) in enumerate(known)}
 
-    def loss_of(part):
-        batch = [episodes[i] for i in part]
-        logps, entropies = policy.log_probs(batch)
-        refs, divergence, compared = [None] * len(batch), 0.0, 0
-        if reference and (cfg.kl or part == parts[0]):
-            with torch.no_grad():
-                refs = reference.log_probs(batch)[0]
-                divergence, compared = kl_terms(torch.cat(logps), torch.cat(refs)).sum().item(), sum(map(len, logps))
-        loss = policy_loss(logps, refs, advantage[part], [weights[i] for i in part], cfg.kl, len(episodes))
-        return loss, sum(map(len, logps)), torch.cat(entropies).sum().item(), divergence, compared
+    def other_place(example, answer):
+        for _, other in after[example["id"]]:
+            if not task.exact(example, other) and not task.same(answer, other):
+                return task.feedback(example, other)
+        return task.feedback(example, answer, mark=False)
 
-    _, tokens, entropy, divergence, compared = map(sum, zip(*data_prep.backward(policy, loss_of, parts)))
-    return tokens, entropy / tokens, divergence / compared if compared else None
+    def other_picture(example, answer):
+        return task.feedback(*after[example["id"]][0])
 
+    return {"unmarked": functools.partial(task.feedback, mark=False),
+            "other_place": other_place, "other_picture": other_picture}
 
-def health(task, fresh, rolled, cfg):
-    """What a collapse would show in first, as a part of a line of metrics.jsonl.
+def bits(values):
+    """One character a question for paired tests: 1, 0, or - where it was not asked."""
+    return "".join("-" if value is None else str(int(value)) for value in values)
 
-    Not quite the `first` and `final` of an evaluation: they are sampled, and training ends an episode where it is already malformed.
-    """
-    return {"first": average(solved(task, e, 0) for e in fresh), "final": average(solved(task, e) for e in fresh),
-            "rollin_repair": average(solved(task, e) for e in rolled if e.force_think),
-            "commit": average(e.committed for e in fresh),
-            "well_formed": average(well_formed(task, e.all_turns, cfg.reward.unfinished > 0) for e in fresh + rolled),
-            "repeats": average(any(task.same(a, b) for a, b in itertools.combinations(e.attempts, 2)) for e in fresh + rolled),
-            "turns": dict(sorted(Counter(len(e.turns) for e in fresh).items()))}
+def rates(outcomes, most):
+    """Figures of a split, rates in [0, 1]; None where nothing was counted. most: the turn limit.
+    after_turn: the accuracy had it stopped after 1, 2, ... answers."""
+    wrong = average([e for e in outcomes if not e["first"]], "final")
+    right = average([e for e in outcomes if e["first"]], "final")
+    after = [sum(e["right"][:n][-1] for e in outcomes) / len(outcomes) for n in range(1, most + 1)]
+    return {"n": len(outcomes), "first": average(outcomes, "first"),
+            "final": average(outcomes, "final"), "repair_own": wrong,
+            "break": None if right is None else 1 - right, "commit": average(outcomes, "commit"),
+            "turns": average(outcomes, "turns"), "after_turn": after,
+            "first_by_question": bits(e["first"] for e in outcomes),
+            "final_by_question": bits(e["final"] for e in outcomes)}
 
-
-# ==================== 11. Evaluation =================================================================
-
-
-def rates(task, episodes, most):
-    """A row of figures from greedy episodes: rates in [0, 1], None where nothing was counted. most: the turn limit.
-
-    What ends in `_by_map` has a character a map (1, 0, - not counted), for paired tests.
-    """
-    first, final = [solved(task, e, 0) for e in episodes], [solved(task, e) for e in episodes]
-    reached = lambda e, turn: solved(task, e, min(turn, len(e.attempts) - 1))  # attempt t is turn t; who stops keeps the last one
-    return {
-        "n": len(episodes), "first": average(first), "final": average(final),  # the first or the last ANSWER is exact
-        "committed": average(ok and e.committed for ok, e in zip(final, episodes)),  # final, and committed
-        "repair_own": average(ok for ok, was in zip(final, first) if not was),  # final, of those whose first is wrong or no answer
-        "break": average(not ok for ok, was in zip(final, first) if was),  # not final, of those whose first is right
-        "commit": average(e.committed for e in episodes),  # ends in a FINAL that repeats the last ANSWER
-        "turns": average(len(e.turns) for e in episodes),
-        "after_turn": [average(reached(e, turn) for e in episodes) for turn in range(most)],  # final, had it stopped after 1, 2, ... turns
-        "first_by_map": data_prep.bits(first), "final_by_map": data_prep.bits(final)}
-
-
-def evaluate(policy, task, cfg, fixed=None, title="evaluation", brief=False):
-    """Greedy play, sampled play and repair of given wrong first turns, on every split. Returns (rows, fixed, greedy episodes by split).
-
-    rows: `rates` a split, with sampled_final, repair_fixed and n_fixed, how many. fixed: {split: {example id: token ids}}, wrong first turns of the SFT
-    model: all models that are compared repair these same turns, so that none gains by failing first. None: the model's own ones. Unlike in
-    training, no <THINK> is forced: a model must itself see that it has to revise. With cfg.eval.probes, repair is also measured with
-    the false pictures of `data_prep.probes`. brief: greedy play only.
-    """
-    rows, wrong, greedy_play = [], {}, {}
-    generator = torch.Generator(policy.device).manual_seed(cfg.seed)
-    passes = 1 if brief else 6 if cfg.eval.probes else 3  # greedy; sampled; repair with true pictures; with each of three false ones
-    bar = tqdm(total=passes * len(task.SPLITS), desc=title, unit="pass", dynamic_ncols=True)
-
-    def run(starts, greedy=True, shown=task):
-        def go(part):
-            if Stopped.asked:
-                raise Stopped
-            return play(policy, shown, part, 1, cfg.eval.max_turns, generator, greedy)
-
-        parts = [starts[at : at + cfg.eval.batch] for at in range(0, len(starts), cfg.eval.batch)]
-        # Sampled parts draw from one generator, so they take turns.
-        episodes = [e for part in (data_prep.in_threads(policy, go, parts) if greedy else map(go, parts)) for e in part]
-        bar.update()
-        return episodes
-
-    for name in task.SPLITS:
-        examples = task.load(f"{cfg.eval.splits}_{name}")[: cfg.eval.maps]
-        own = greedy_play[name] = run([begin(policy, task, e) for e in examples])
-        # A first turn that parses can be drawn, and so be repaired.
-        wrong[name] = {e.example["id"]: e.turns[0].ids for e in own if e.attempts and not solved(task, e, 0)}
-        row = {"split": name, "ood": name != "id", **rates(task, own, cfg.eval.max_turns)}
+def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
+    """(rows, fixed, outcomes by split): `rates` of each split, with the repair of `fixed` wrong
+    first turns, {split: {example id: text}}; None: the policy's own."""
+    rows, wrong, played = [], {}, {}
+    for split in tqdm(task.splits, desc=title, unit="split", disable=worker() > 0):
+        examples = task.examples(f"{cfg.eval.splits}_{split}")
+        outcomes = played[split] = repair(policy, task, [(e, None) for e in examples], cfg)
+        wrong[split] = {e["id"]: e["answers"][0] for e in outcomes
+                        if e["answers"] and not e["first"]}
+        given = (fixed or wrong)[split]
+        failed = [(e, given[e["id"]]) for e in examples if e["id"] in given]
+        row = {"split": split, "ood": split != "id", **rates(outcomes, cfg.eval.max_turns)}
+        views = {"fixed": None} | (probes(task, failed) if cfg.eval.probes else {})
+        for name, feedback in views.items():
+            after = {e["id"]: e for e in repair(policy, task, failed, cfg, feedback)}
+            row[f"repair_{name}"] = average(after.values(), "final")
+            row[f"repair_{name}_by_question"] = bits(
+                after[e["id"]]["final"] if e["id"] in after else None for e in examples)
         rows.append(row)
-        if ours := sum("drawn" in example for example in examples):  # the authors' data: pictures drawn here, their PNG being absent
-            row["drawn"] = ours
-        if brief:
-            continue
-        row["sampled_final"] = average(solved(task, e) for e in run([begin(policy, task, e) for e in examples], greedy=False))
-        given = (fixed or wrong)[name]
-        failed = [e for e in examples if e["id"] in given]
-        views = {"fixed": task}
-        if cfg.eval.probes:
-            attempts = [read_turn(policy, task, given[e["id"]]).attempt for e in failed]
-            for probe, picture in data_prep.probes(task, list(zip(failed, attempts))).items():
-                views[probe] = copy.copy(task)  # the same task, with other pictures for feedback
-                views[probe].feedback = picture
-        for name_of_view, view in views.items():
-            played = run([resume(policy, view, e, [given[e["id"]]]) for e in failed], shown=view)
-            repaired = {e.example["id"]: solved(task, e) for e in played}
-            row |= {f"repair_{name_of_view}": average(repaired.values()), "n_fixed": len(repaired),
-                    f"repair_{name_of_view}_by_map": data_prep.bits(repaired.get(e["id"]) for e in examples)}
-    bar.close()
-    return rows, fixed or wrong, greedy_play
+    return rows, fixed or wrong, played
 
 
-# ==================== 12. Main =======================================================================
+# ==================== 12. A run ===================================================================
+# Workers are processes that hold the same model and a share of the questions each. `torchrun`
+# starts them, or `main` does, one for each core. `share`, `gather` and `sum_gradients` are all
+# that training knows of them. Worker 0 alone prints and writes.
+def worker():
+    return dist.get_rank() if dist.is_initialized() else 0
+def workers():
+    return dist.get_world_size() if dist.is_initialized() else 1
+def share(items):
+    """This worker's part of a list."""
+    return items[worker() :: workers()]
 
+def gather(items=()):
+    """The whole list, from what the workers made of their shares. All of them wait here."""
+    parts = [items] * workers()
+    if workers() > 1:
+        dist.all_gather_object(parts, items)
+    return [part[n] for n in range(len(parts[0])) for part in parts if n < len(part)]
 
-APART_FROM_SFT = ("method", "profile", "mode", "run", "runs", "data", "results", "checkpoint", "see", "rl", "reward", "buffer", "eval",
-                  "study", "nav", "points", "image", "question")  # do not change the SFT model; those of a task come in by task.key
+def sum_gradients(policy):
+    """Each worker's gradient becomes the sum of all."""
+    for p in policy.model.parameters():
+        if workers() > 1 and p.requires_grad:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
 
+def start_workers(words, cfg):
+    """Join the workers that `torchrun` started, or start cfg.workers of them on this machine. A
+    worker that ends breaks the connections of the others, which then end too (`run_main`)."""
+    cores, on_cpu = os.cpu_count(), device_of(cfg).type == "cpu"
+    count = cfg.workers or (min(4, cores) if on_cpu else 1)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo" if on_cpu else "nccl")
+        count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    elif count > 1:
+        meet = os.environ.get("VRRL_MEET") or tempfile.mktemp(prefix="vrrl-workers-")
+        rank = int(os.environ.get("VRRL_WORKER", 0))
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        for other in range(1, count) if rank == 0 else ():
+            own = {**os.environ, "VRRL_MEET": meet, "VRRL_WORKER": str(other)}
+            command = [sys.executable, __file__, *words]
+            child = subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL)
+            atexit.register(child.kill)  # it has nothing to lose
+        dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=count)
+    sys.stdout = sys.stdout if worker() == 0 else open(os.devnull, "w")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, cores // count))))
 
-def sft_model(cfg, flat, task):
-    """(policy, folder) of the SFT model, trained now or by an earlier run: methods with equal SFT settings share it."""
-    decides = {k: v for k, v in flat.items() if k.split(".")[0] not in APART_FROM_SFT}
-    decides |= {"data": task.key, "threads": torch.get_num_threads()}
-    weights = sorted(Path(source_of(cfg.model)).glob("model*.safetensors"))  # an embedded model made anew is another model
-    decides["weights"] = [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in weights]
-    folder = Path(cfg.runs) / f"sft-{data_prep.key_of(decides)}"
-    with data_prep.lock(folder, wait=True):  # another method may be training the same SFT model: then it is ours as well
-        if not (folder / "model" / "config.json").is_file():
-            policy, log = load_policy(cfg.model, cfg), Log(folder, cfg.checkpoint)
-            sft(policy, task, cfg, log)
-            log.stage("sft")
-            save_policy(policy, folder / "model")
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return load_policy(folder / "model", cfg), folder
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM; what was done is saved."""
+    asked = False  # set by the first signal and looked at between steps; the second ends at once
 
+    @classmethod
+    def soon(cls, number, frame):
+        if cls.asked:
+            raise KeyboardInterrupt
+        cls.asked = True
+        os.write(2, b"\nstopping after this step (again: at once)\n" if worker() == 0 else b"")
 
-def evaluated(folder, policy, task, cfg):
-    """(rows, fixed) of the SFT model, kept in its folder."""
-    file = folder / f"evaluation-{data_prep.key_of(dataclasses.asdict(cfg.eval))}.json"
-    with data_prep.lock(folder, wait=True):
-        if not file.is_file():
-            rows, fixed, _ = evaluate(policy, task, cfg, title="evaluate sft")
-            write_file(file, json.dumps({"rows": rows, "fixed": fixed}))
-    found = json.loads(file.read_text())
-    return found["rows"], found["fixed"]
+class Run:
+    """The folder of a run: settings.yaml, metrics.jsonl (what the seed decides), timing.jsonl,
+    checkpoints, and at the end the report. A run that was stopped goes on with the same command,
+    to the same bytes: randomness hangs on the seed and the number of the step, so weights,
+    optimizer, buffer and that number are all that a checkpoint holds."""
+    def __init__(self, folder, flat, wait=False):
+        """Lock the folder. UserError if it holds a run of other settings."""
+        self.folder, self.began, self.stage, self.step = Path(folder), time.time(), None, None
+        if worker() == 0:
+            self.lock, file = data_prep.lock(self.folder, wait), self.folder / "settings.yaml"
+            before = read_yaml(file) if file.is_file() else flat
+            for key, value in flat.items():
+                if before.get(key) != value and key not in ("run", "data", "mode"):
+                    raise UserError(f"{self.folder} holds a run with {key}={before.get(key)}, now "
+                                    f"{value}: give run=ANOTHER_NAME or remove it")
+            write_file(file, yaml.safe_dump(flat, sort_keys=False))
+        gather()
 
+    def log(self, file="metrics.jsonl", **figures):
+        line = {"stage": self.stage, "step": self.step}
+        for key, value in figures.items():  # JSON has no nan
+            if isinstance(value, float):
+                value = round(value, 6) if math.isfinite(value) else None
+            line[key] = value
+        if worker() == 0:
+            with open(self.folder / file, "a") as out:
+                out.write(json.dumps(line) + "\n")
+
+    def steps(self, stage, count, optimizer, buffer=None):
+        """1 .. count under a progress bar. Goes on from the last checkpoint of this stage, and
+        writes one every 20 seconds, or as seldom as keeps writing below a twentieth of the time."""
+        self.stage = stage
+        done, saved, cost = self.load(optimizer, buffer), time.time(), 0.0
+        for self.step in tqdm(range(done + 1, count + 1), initial=done, total=count, desc=stage,
+                              unit="step", disable=worker() > 0):
+            began = time.time()
+            yield self.step
+            self.log("timing.jsonl", seconds=time.time() - began)
+            stop = any(gather([Stopped.asked]))
+            due = stop or self.step == count or time.time() - saved > max(20, 20 * cost)
+            if worker() == 0 and due and not optimizer.skipped:
+                saved = time.time()
+                self.save(optimizer, buffer)
+                cost = time.time() - saved
+            if stop:
+                raise Stopped
+
+    def save(self, optimizer, buffer):
+        """A checkpoint. The digest in its name tells of damage; for that case the one before it
+        is kept too."""
+        for old in sorted(self.folder.glob(f"{self.stage}-*.safetensors"))[:-1]:
+            old.unlink()
+        states = json.dumps([*buffer.wrong, *buffer.right] if buffer else []).encode()
+        content = optimizer.state() | {"states": torch.tensor([*states], dtype=torch.uint8)}
+        temporary = self.folder / "checkpoint.tmp"
+        try:
+            safetensors.torch.save_file(content, temporary)
+            name = f"{self.stage}-{self.step:07d}-{data_prep.digest(temporary)}.safetensors"
+            os.replace(temporary, self.folder / name)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{self.folder}: no checkpoint can be written ({error}): free some "
+                            "disk; the same command goes on from the one before") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load(self, optimizer, buffer):
+        """Restore the stage's last good checkpoint and cut the log back to it. Its step, or 0."""
+        done = 0
+        for file in sorted(self.folder.glob(f"{self.stage}-*.safetensors")):
+            _, step, digest = file.stem.split("-")
+            if data_prep.digest(file) == digest:
+                good, done = file, int(step)
+            else:
+                print(f"{file} is damaged; the one before it is used", file=sys.stderr)
+        if done:
+            with safetensors.safe_open(good, "pt") as found:
+                for name, tensor in optimizer.state().items():
+                    tensor.copy_(found.get_tensor(name))
+                for state in json.loads(bytes(found.get_tensor("states").tolist())):
+                    buffer.add(state)
+        gather()
+        for file in (self.folder / "metrics.jsonl", self.folder / "timing.jsonl"):
+            if worker() == 0:
+                lines = [json.dumps(line) + "\n" for line in read_lines(file)
+                         if line["stage"] != self.stage or line["step"] <= done]
+                write_file(file, "".join(lines))
+        return done
+
+    def finish(self, **content):
+        """Write results.json, which says that the run is done, and remove the checkpoints."""
+        cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+        cpu = re.search(r"model name\s*: (.*)|$", cpu)[1] or os.uname().machine
+        about = {"seconds": round(time.time() - self.began, 1), "workers": workers(),
+                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+                 "torch": torch.__version__, "transformers": transformers.__version__}
+        write_file(self.folder / "results.json", json.dumps({**content, "about": about}, indent=1))
+        for file in self.folder.glob("*.safetensors"):
+            file.unlink()
+
+def read_lines(file):
+    """The lines of a JSONL log; the last one of a run that was killed may be cut off."""
+    found = []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+def digest_of(values):
+    """A short name for some settings."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+def fingerprint(cfg):
+    """What a result hangs on beside the settings: the contents of program, model and data."""
+    model = sorted(file for file in Path(source_of(cfg.model)).glob("*") if file.is_file())
+    found = {"program": data_prep.digest(HERE / "vrrl.py", HERE / "data_prep.py"),
+             "model_files": data_prep.digest(*model), "workers": workers()}
+    return found | ({"data_file": data_prep.digest(cfg.data)} if Path(cfg.data).is_file() else {})
+
+def sft_model(words, task, parent):
+    """(policy, folder) of the SFT model. Methods with equal SFT settings share it."""
+    cfg, flat = read_config(words)
+    others = "method", "profile", "mode", "run", "data", "rl", "reward", "buffer", "eval"
+    decides = {k: v for k, v in flat.items() if k.split(".")[0] not in others} | fingerprint(cfg)
+    run = Run(parent / f"sft-{digest_of(decides)}", decides, wait=True)
+    if any(gather([not (run.folder / "model" / "config.json").is_file()])):
+        policy = load_policy(cfg.model, cfg)
+        sft(policy, task, cfg, run)
+        if worker() == 0:
+            policy.save(run.folder / "model")
+            run.finish()
+    gather()
+    return load_policy(run.folder / "model", cfg), run.folder
 
 def train(cfg, flat, words, folder):
-    """SFT, then RL, then evaluation: the method's row decides which parts do anything. `folder` is the run's own."""
-    if not data_prep.open_run(folder, flat):  # finished before
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # in case it was killed just there
+    """SFT, RL, evaluation. The method's row decides which of them does anything."""
+    run, task = Run(folder, flat | fingerprint(cfg)), TASKS[cfg.task](cfg)
+    if (folder / "results.json").is_file():
         return print((folder / "report.md").read_text())
-    log, task = Log(folder, cfg.checkpoint), TASKS[cfg.task](cfg)
-    print(f"run folder: {folder}", file=sys.stderr)
-    log.stage("data")
-    base_cfg, base_flat = read_config(data_prep.of_method(words, "sft"))  # the SFT model that every method is compared with
-    data_prep.check_memory(source_of(cfg.model), cfg, device_of(cfg), dtype_of(cfg, device_of(cfg)), task)
-    base, base_folder = sft_model(base_cfg, base_flat, task)
-    log.stage("sft")
-    models = {}
-    models["sft"], fixed = evaluated(base_folder, base, task, base_cfg)
-    log.stage("evaluate sft")
-    del base
-    gc.collect()  # its memory is needed, and it refers to itself
-    policy, own_folder = sft_model(cfg, flat, task)  # the one that RL starts from: the same, except for sft_long
-    if not (folder / "checkpoints").is_dir():  # not going on after a stop: begin with the lines of SFT
-        write_file(folder / "metrics.jsonl", (own_folder / "metrics.jsonl").read_text())
-    log.stage("start model")
+    # The model that all methods are compared with. They repair its wrong first turns.
+    base, base_folder = sft_model([*words, "method=sft"], task, folder.parent)
+    file = base_folder / f"evaluation-{digest_of(dataclasses.asdict(cfg.eval))}.json"
+    if any(gather([not file.is_file()])):
+        rows, fixed, _ = evaluate(base, task, cfg, title="evaluate sft")
+        if worker() == 0:
+            write_file(file, json.dumps([rows, fixed]))
+        gather()
+    rows, fixed = json.loads(file.read_text())
+    policy, sft_folder = sft_model(words, task, folder.parent)
     if cfg.rl.steps:
-        reference = load_policy(own_folder / "model", cfg) if cfg.rl.kl or cfg.rl.measure_kl else None
-        rl(policy, reference, task, cfg, log)
-        del reference
-        log.stage("rl")
-    known = own_folder == base_folder and not cfg.rl.steps  # the SFT model itself: only episodes to draw are missing
-    rows, _, episodes = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}", brief=known)
-    models[cfg.method] = models["sft"] if known else rows
-    log.stage("play" if known else f"evaluate {cfg.method}")
-    save_policy(policy, folder / "model")
-    print("\n" + data_prep.report(folder, cfg, task, models, data_prep.differences(models), data_prep.choose(task, episodes)))
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        before = [p.double().sum().item() for p in policy.model.parameters()]
+        reference = load_policy(sft_folder / "model", cfg) if cfg.rl.kl else None
+        rl(policy, task, cfg, run, reference)
+        after = [p.double().sum().item() for p in policy.model.parameters()]
+        if after == before and worker() == 0:
+            raise SystemExit("RL changed no weight: the rollouts of each start had equal rewards, "
+                             "or the loss is broken")
+    own, _, played = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}")
+    if worker() == 0:
+        policy.save(folder / "model")
+        report(run, task, {"sft": rows, cfg.method: own}, played, sft_folder)
 
+def report(run, task, models, played, *folders):
+    """What people look at: report.md, curves.png, episodes.png; results.json ends the run."""
+    files = [folder / "metrics.jsonl" for folder in (*folders, run.folder)]
+    data_prep.curves(run.folder / "curves.png", [line for f in files for line in read_lines(f)])
+    pool = [(split, e) for split in reversed(task.splits) for e in played[split] if e["answers"]]
+    pool.sort(key=lambda pair: pair[1]["first"] >= pair[1]["final"])  # repairs come first
+    rows = []
+    for split, e in pool[:6]:
+        examples = {x["id"]: x for x in task.examples(f"{task.cfg.eval.splits}_{split}")}
+        example, answers = examples[e["id"]], [parse_turn(task, text)[2] for text in e["answers"]]
+        shown = [task.feedback(example, answer) for answer in answers]
+        rows.append({"label": f"{e['id']}   last turn: {e['last']}",
+                     "captions": [task.question(example)[0], *e["answers"]],
+                     "images": [task.image(example), *shown],
+                     "verdicts": ["", *("right" if ok else "wrong" for ok in e["right"])]})
+    data_prep.film_strip(run.folder / "episodes.png", rows, run.folder.name)
+    write_file(run.folder / "report.md", table(models) + "\n")
+    run.finish(rows=[{"method": m, **row} for m, rows in models.items() for row in rows])
+    print(table(models))
+
+def table(models):
+    """Markdown, percent: a line for each model and split, and for the mean out of distribution."""
+    keys = "first", "final", "repair_own", "repair_fixed", "break", "commit"
+    lines = [f"| model | split | n | {' | '.join(keys).replace('_', ' ')} | turns |",
+             "| --- " * (len(keys) + 4) + "|"]
+    for model, rows in models.items():
+        far = [row for row in rows if row["ood"]]
+        mean = {key: average(far, key) for key in (*keys, "turns")}
+        mean |= {"split": "**mean ood**", "n": sum(row["n"] for row in far)}
+        for row in [*rows, *([mean] if far else [])]:
+            cells = ["-" if row[key] is None else f"{100 * row[key]:.1f}" for key in keys]
+            cells = [model, row["split"], str(row["n"]), *cells, f"{row['turns']:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 def main(words):
-    if any(w in ("-h", "--help", "help") for w in words):
-        return print(__doc__.split("\n\n")[0] + "\n\nusage: python vrrl.py [key=value ...]\n\n" + data_prep.settings_help())
+    if {"-h", "--help", "help"} & set(words):
+        print("usage: python vrrl.py [FILE.yaml] [key=value ...]\n")
+        for key, entry in flatten(read_yaml(HERE / "config.yaml")["settings"]).items():
+            print(f"  {key}={entry[0]}\n      {entry[2]} ({entry[1]})")
+        return
     cfg, flat = read_config(words)
-    torch.set_num_threads(cfg.threads or os.cpu_count())
-    device_of(cfg), source_of(cfg.model)  # what is wrong with them is said before any work
-    if cfg.mode == "study":
-        return data_prep.study(cfg, words)
-    if cfg.image and (cfg.mode != "show" or TASKS[cfg.task] is not Points):
-        raise UserError('image= needs mode=show task=points and question="..."')
+    source_of(cfg.model)  # what is wrong with it is said before any work
+    start_workers(words, cfg)
+    name = f"{cfg.task}-{cfg.method}-seed{cfg.seed}"
+    if cfg.mode != "train":
+        name = f"{cfg.mode}-{cfg.task}-{'-'.join(Path(cfg.model).parts[-2:])}"
+    name += "" if cfg.profile == "default" else f"-{cfg.profile}"
+    folder = Path(cfg.run or f"runs/{name}")
+    print(f"run folder: {folder}")
     if cfg.mode == "train":
-        profile = "" if cfg.profile == "default" else "-" + cfg.profile
-        folder = Path(cfg.runs) / (cfg.run or f"{cfg.task}-{cfg.method}-seed{cfg.seed}{profile}")
-        with data_prep.lock(folder):
-            return train(cfg, flat, words, folder)
-    task = TASKS[cfg.task](cfg)
-    name = "-".join(Path(cfg.model).parts[-2:])
-    folder = Path(cfg.runs) / (cfg.run or f"{cfg.mode}-{name}")
-    if (folder / "settings.yaml").exists():
-        raise UserError(f"{folder} holds a training run: give run=ANOTHER_NAME")
-    folder.mkdir(parents=True, exist_ok=True)
-    data_prep.check_memory(source_of(cfg.model), cfg, device_of(cfg), dtype_of(cfg, device_of(cfg)), task)
-    if cfg.mode == "show":  # a few maps are enough to choose from
-        cfg = dataclasses.replace(cfg, eval=dataclasses.replace(cfg.eval, maps=min(16, cfg.eval.maps)))
-    policy = load_policy(cfg.model, cfg)
-    if cfg.image:  # no box is known, so there is nothing to evaluate
-        starts = [begin(policy, task, e) for e in task.load("own")]
-        chosen = play(policy, task, starts, 1, cfg.eval.max_turns, torch.Generator(policy.device), greedy=True)
-    else:
-        rows, _, episodes = evaluate(policy, task, cfg, brief=cfg.mode == "show")
-        chosen = data_prep.choose(task, episodes)
-    if cfg.mode == "show":
-        data_prep.film_strip(folder / "episodes.png", task, chosen, cfg.model)
-        print(f"wrote {folder / 'episodes.png'}")
-    else:
-        print(data_prep.table({name: rows}))
-        write_file(folder / "results.json", json.dumps({"rows": rows}, indent=1) + "\n")
+        return train(cfg, flat, words, folder)
+    run, task = Run(folder, flat | fingerprint(cfg)), TASKS[cfg.task](cfg)
+    rows, _, played = evaluate(load_policy(cfg.model, cfg), task, cfg)
+    if worker() == 0:
+        report(run, task, {cfg.model: rows}, played)
 
+def run_main(function, words):
+    """What the user can mend becomes one line and exit code 2."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, Stopped.soon)
+    code = 2
+    try:
+        return function(words)
+    except (Stopped, KeyboardInterrupt):
+        message, code = "stopped; the same command goes on from the last checkpoint", 130
+    except UserError as error:
+        message = f"error: {error}"
+    except (torch.OutOfMemoryError, MemoryError):
+        message = "error: out of memory: lower policy.rows, policy.micro or policy.max_new"
+    except OSError as error:  # a folder that cannot be written, a full disk, a closed pipe
+        message = f"error: {error.filename or 'writing'}: {error.strerror or error}"
+    except RuntimeError as error:
+        if "gloo" not in str(error):
+            raise
+        message, code = "error: another worker has ended", 1
+    if worker() > 0:  # worker 0 may say the same, and then it ends this process
+        time.sleep(3)
+    print(message, file=sys.stderr)
+    raise SystemExit(code)
 
 if __name__ == "__main__":
     run_main(main, sys.argv[1:])

@@ -1,0 +1,285 @@
+"""How the weights in assets/embedded were made: `python assets/make_embedded.py [FOLDER] [seed=0]`.
+
+The default model is small enough for a CPU, but it is a real Qwen3-VL, made from a config. It comes with
+eyes: as a downloaded VLM has seen pictures of all kinds, this one has learnt to say what is in
+pictures of all splits, and never to solve one. It is never asked where a target is in a picture, nor for
+a way. What it learns:
+
+    say the cells    what is in each cell of a map, and whether a drawn path covers it
+    say the path     the moves of a drawn path
+    say the point    the coordinates of a point under cross hairs
+    say the offset   on a crop: where the red thing lies from the marker, "left 3 up 1", "far" or "here"
+    move left 3 up 1 the coordinates after that move from the last point that was said
+
+The last two are what corrections need: measuring and adding, which a real VLM brings along.
+"""
+import collections
+import math
+import multiprocessing
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import data_prep
+import vrrl
+
+WORDS = """user assistant system up down left right ice hole elf gift path crash start found edge short
+           past longer exact find the check it say cells point offset move red page far here""".split()
+CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
+        "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+        "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def build(seed):
+    """(model, tokenizer, image processor) with random weights.
+
+    A visual token is 16 x 16 pixels, 2 x 2 patches. `initializer_range` decides whether it learns to
+    see: with the usual 0.02 a model this small does not.
+    """
+    names = "endoftext im_start im_end vision_start vision_end image_pad video_pad unknown".split()
+    special = [f"<|{name}|>" for name in names]
+    words = [*special, *vrrl.TAGS, *WORDS, *map(str, range(25))]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=special[-1]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token=special[0], eos_token="<|im_end|>", unk_token=special[-1],
+        additional_special_tokens=special)
+    tokenizer.add_tokens(vrrl.TAGS)
+    tokenizer.chat_template = CHAT
+    rope = dict(rope_type="default", rope_theta=10000.0, mrope_section=[6, 5, 5],
+                mrope_interleaved=True)
+    text = dict(vocab_size=len(words), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
+                num_attention_heads=4, num_key_value_heads=2, head_dim=32, rope_parameters=rope,
+                max_position_embeddings=4096, initializer_range=0.06, tie_word_embeddings=True)
+    vision = dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=8,
+                  spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=128,
+                  num_position_embeddings=256, deepstack_visual_indexes=[], initializer_range=0.06)
+    ids = {f"{name}_token_id": vocabulary[f"<|{word}|>"] for name, word in
+           (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"))}
+    config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision,
+                                        tie_word_embeddings=True, **ids)
+    torch.manual_seed(seed)
+    processor = vrrl.qwen_images.Qwen2VLImageProcessorPil(
+        size={"shortest_edge": 256, "longest_edge": 1 << 20}, patch_size=8, merge_size=2,
+        image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    return transformers.Qwen3VLForConditionalGeneration(config), tokenizer, processor
+
+
+# ---- lessons: conversations as lists of (image, question, answer)
+
+
+def navigation_talk(rng, pictures):
+    """One map; first its cells or a drawn path, then other paths drawn on it."""
+    size, look = rng.choice((3, 4, 5, 6, 7)), rng.choice((*data_prep.LOOKS, *data_prep.MIXES))
+    holes = round(rng.uniform(0, 0.45) * (size * size - 2))
+    cells = ["F"] * (size * size)
+    for kind, at in zip("SG" + "H" * holes, rng.sample(range(size * size), holes + 2)):
+        cells[at] = kind
+    layout = ["".join(cells[row * size : (row + 1) * size]) for row in range(size)]
+    plain, start, talk = data_prep.draw_grid(layout, look), data_prep.find_cell(layout, "S"), []
+    for number in range(pictures):
+        moves, covered = random_walk(rng, size, start)
+        kind = rng.randrange(4)
+        image = plain
+        if kind or number:
+            image = data_prep.draw_path(plain, (size, size), start, moves, look)
+        else:
+            covered = set()
+        if kind % 2 or number:
+            talk.append((image, "say the path", " ".join(moves)))
+        else:
+            names = {"F": ("ice", "path"), "H": ("hole", "crash"), "S": ("elf", "start"),
+                     "G": ("gift", "found")}
+            said = [names[layout[row][column]][(row, column) in covered]
+                    for row in range(size) for column in range(size)]
+            talk.append((image, "say the cells", " ".join(said)))
+    return talk
+
+
+def random_walk(rng, size, start):
+    """(moves, the cells that they cover): 1 to 2 * size moves, which mostly go on or turn; sometimes the
+    last one leaves the map."""
+    at, moves, covered = start, [], {start}
+    for _ in range(rng.randint(1, 2 * size)):
+        options = []
+        for move, (down, right) in data_prep.MOVES.items():
+            there = at[0] + down, at[1] + right
+            inside = 0 <= there[0] < size and 0 <= there[1] < size
+            back = moves and data_prep.MOVES[moves[-1]] == (-down, -right)
+            weight = (0.1 if back else 4 if moves and move == moves[-1] else 2) if inside else 0.1
+            options.append((move, there, inside, weight))
+        move, at, inside, _ = rng.choices(options, [option[3] for option in options])[0]
+        moves.append(move)
+        if not inside:
+            break
+        covered.add(at)
+    return moves, covered
+
+
+SHAPES = (("bars", (6, 9)), ("scatter", (10, 16)), ("table", (4, 7)), ("table", (9, 11)))
+
+
+def pointing_talk(rng, pictures, task):
+    """One figure: a point on the whole of it, then crops around the point as it moves."""
+    shape, size = rng.choice(SHAPES)
+    record, image = data_prep.make_figure(rng, shape, size)
+    example, scale = {**record, "size": image.size}, task.cfg.points.scale
+
+    def somewhere():
+        """Mostly where a crop shows the target."""
+        x, y = task.right(example)
+        if rng.random() < 0.3:
+            return task.wrong(example, rng)
+        return tuple(min(max(c + rng.randint(-6, 6), 0), scale) for c in (x, y))
+
+    point = somewhere()
+    if pictures == 1 and rng.random() < 0.7:  # crops from the first stage on
+        shown, kind = crop(image, example, point, task), rng.random()
+        if kind < 0.5:
+            return [(shown, "say the cells", red_cells(example, point, task))]
+        return [(shown, "say the offset", task.thought(example, point))]
+    hairs = data_prep.draw_hairs(image, task.pixel(example, point))
+    talk = [(hairs, "say the point", task.say(point))]
+    while len(talk) < pictures:
+        shown = crop(image, example, point, task)
+        if rng.random() < 0.5:
+            talk.append((shown, "say the offset", task.thought(example, point)))
+            continue
+        reach = rng.randint(1, 6)
+        x, y = rng.randint(-reach, reach), rng.randint(-reach, reach)
+        there = min(max(point[0] + x, 0), scale), min(max(point[1] + y, 0), scale)
+        x, y = there[0] - point[0], there[1] - point[1]
+        words = [f"{'left' if x < 0 else 'right'} {abs(x)}"] if x else []
+        words += [f"{'up' if y < 0 else 'down'} {abs(y)}"] if y else []
+        if words:
+            talk.append((shown, f"move {' '.join(words)}", task.say(there)))
+            point = there
+    return talk
+
+
+def red_cells(example, point, task):
+    """For each cell of 16 x 16 pixels of a crop, row by row, whether it shows some of the target."""
+    side, (x, y), (x0, y0, x1, y1) = task.cfg.points.crop, task.pixel(example, point), example["box"]
+    left, top, said = round(x) - side // 2, round(y) - side // 2, []
+    for row in range(top, top + side, 16):
+        for column in range(left, left + side, 16):
+            seen = x0 < column + 16 and x1 > column and y0 < row + 16 and y1 > row
+            said.append("red" if seen else "page")
+    return " ".join(said)
+
+
+def crop(image, example, point, task):
+    return data_prep.draw_crop(image, task.pixel(example, point), task.cfg.points.crop)
+
+
+def lesson(policy, talk, number):
+    """A conversation as an Episode whose answers are all taught."""
+    episode = None
+    for (image, question, answer), after in zip(talk, [*talk[1:], None]):
+        picture = vrrl.Picture(image, policy.processor)
+        if episode is None:
+            head, _, _ = policy.prompt(question, "")
+            episode = vrrl.Episode({}, policy.place(head, picture), picture, number)
+        ids = [*policy.encode(answer), policy.end_id]
+        turn = vrrl.Turn(ids, [True] * len(ids))
+        if after:
+            turn.picture = vrrl.Picture(after[0], policy.processor)
+            turn.feedback = policy.place(policy.prompt("", after[1])[2], turn.picture)
+        episode.turns.append(turn)
+    return episode
+
+
+# ---- training
+
+# Title, updates, length of the rate's cosine in updates, most pictures, peak of the rate.
+STAGES = (("single pictures", 600, 600, 1, 1.5e-3), ("conversations", 400, 1600, 6, 1.5e-3),
+          ("more conversations", 300, 420, 6, 1.3e-3))
+BATCH = 256  # conversations an update
+
+
+def start_maker(words, folder):
+    """What a process that makes lessons needs: the tokenizer, in a policy that is never trained."""
+    cfg, _ = vrrl.read_config([*words, "device=cpu"])
+    torch.set_num_threads(1)
+    start_maker.policy = vrrl.load_policy(folder, cfg)
+    start_maker.task = vrrl.Points.__new__(vrrl.Points)
+    start_maker.task.cfg = cfg
+
+
+def make_batch(job):
+    """(episodes, talks) of one update; job: (seed, stage, step, most pictures)."""
+    rng, talks, episodes = random.Random(f"{job[:3]}"), [], []
+    for number in range(BATCH):
+        pictures = rng.randint(1, job[3])
+        talks.append(navigation_talk(rng, pictures) if number % 3 == 0 else
+                     pointing_talk(rng, pictures, start_maker.task))
+        episodes.append(lesson(start_maker.policy, talks[-1], number))
+    return episodes, [[(question, answer) for _, question, answer in talk] for talk in talks]
+
+
+def in_advance(makers, jobs, most=40):
+    """The results of make_batch in order; at most so many are made before they are wanted."""
+    pending = collections.deque()
+    for job in jobs:
+        pending.append(makers.apply_async(make_batch, (job,)))
+        if len(pending) == most:
+            yield pending.popleft().get()
+    while pending:
+        yield pending.popleft().get()
+
+
+def main(words):
+    words = ["policy.temperature=1.0", "policy.freeze_vision=no", "policy.dtype=float32", *words]
+    folder = next((Path(w) for w in words if "=" not in w), HERE / "embedded")
+    words = [w for w in words if "=" in w]
+    cfg, _ = vrrl.read_config(words)
+    vrrl.Policy(*build(cfg.seed), cfg).save(folder)
+    policy, began = vrrl.load_policy(folder, cfg), time.time()
+    makers = multiprocessing.get_context("spawn").Pool(
+        max(1, os.cpu_count() - 1), start_maker, (words, folder))
+    for stage, steps, wave, most, peak in STAGES:
+        optimizer, seen = vrrl.AdamW(policy), {}
+        jobs = [(cfg.seed, stage, step, most) for step in range(1, steps + 1)]
+        for step, (episodes, talks) in enumerate(in_advance(makers, jobs), 1):
+            tokens = sum(len(e.actions) for e in episodes)
+            for part in vrrl.micro_batches(episodes, BATCH):
+                logps, _ = policy.log_probs(part)
+                (-torch.cat(logps).sum() / tokens).backward()
+                if step % 50 > 44:
+                    count_right(part, logps, talks, seen)
+            warm = min(1.0, step / 100)
+            optimizer.step(peak * warm * (0.55 + 0.45 * math.cos(math.pi * step / wave)))
+            if step % 50 == 0 or step == steps:
+                shown = ", ".join(f"{name} {sum(v) / len(v):.2f}" for name, v in sorted(seen.items()))
+                print(f"{stage} {step}/{steps}, {time.time() - began:.0f} s: {shown}", flush=True)
+                seen.clear()
+            if step % 200 == 0 or step == steps:
+                policy.save(folder)
+    makers.terminate()
+
+
+def count_right(episodes, logps, talks, seen):
+    """Collect, by question, the probability of each whole answer."""
+    for episode, logp in zip(episodes, logps):
+        logp, at = logp.detach().cpu(), 0
+        for turn, (question, text) in zip(episode.turns, talks[episode.start]):
+            name = " ".join(question.split()[:3]) if question.startswith("say") else "move"
+            name += " of a crop" * (name == "say the cells" and "page" in text)
+            chance = logp[at : at + len(turn.ids)].sum().exp().item()
+            seen.setdefault(name, []).append(chance)
+            at += len(turn.ids)
+
+
+if __name__ == "__main__":
+    vrrl.run_main(main, sys.argv[1:])
