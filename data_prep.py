@@ -699,6 +699,8 @@ def own_examples(file):
     def sort(record):
         path = Path(file).parent / record["image"]
         width, height = cached_image(path).size
+        if max(width, height) >= 200 * min(width, height):
+            raise UserError(f"image of {width} x {height} pixels: no model takes so long a one")
         question, box = record.get("question"), record.get("box")
         if not isinstance(question, str) or not question.strip():
             raise UserError('"question" is missing or not a text')

@@ -1,14 +1,13 @@
 """How the weights in assets/embedded were made: `python assets/make_embedded.py [FOLDER] [seed=0]`.
 
-The default model is small enough for a CPU, but it is a real Qwen3-VL, made from a config. It comes with
-eyes: as a downloaded VLM has seen pictures of all kinds, this one has learnt to say what is in
-pictures of all splits, and never to solve one. It is never asked where a target is in a picture, nor for
-a way. What it learns:
+The default model is small enough for a CPU, but it is a real Qwen3-VL, made from a config. It comes
+with eyes: as a downloaded VLM has seen pictures of all kinds, this one has learnt to say what is in
+pictures of all splits. It is never asked where a target is in a picture, nor for a way:
 
     say the cells    what is in each cell of a map, and whether a drawn path covers it
     say the path     the moves of a drawn path
     say the point    the coordinates of a point under cross hairs
-    say the offset   on a crop: where the red thing lies from the marker, "left 3 up 1", "far" or "here"
+    say the offset   on a crop: where the red thing lies, "left 3 up 1", "far" or "here"
     move left 3 up 1 the coordinates after that move from the last point that was said
 
 The last two are what corrections need: measuring and adding, which a real VLM brings along.
@@ -31,19 +30,19 @@ sys.path.insert(0, str(HERE.parent))
 import data_prep
 import vrrl
 
-WORDS = """user assistant system up down left right ice hole elf gift path crash start found edge short
-           past longer exact find the check it say cells point offset move red page far here""".split()
+WORDS = """user assistant system up down left right ice hole elf gift path crash start found edge
+           short past longer exact find the check it say cells point offset move red page far
+           here""".split()
 CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content %}"
         "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
         "{% else %}{{ c.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
-
 def build(seed):
     """(model, tokenizer, image processor) with random weights.
 
-    A visual token is 16 x 16 pixels, 2 x 2 patches. `initializer_range` decides whether it learns to
-    see: with the usual 0.02 a model this small does not.
+    A visual token is 16 x 16 pixels, 2 x 2 patches. `initializer_range` decides whether it learns
+    to see: with the usual 0.02 a model this small does not.
     """
     names = "endoftext im_start im_end vision_start vision_end image_pad video_pad unknown".split()
     special = [f"<|{name}|>" for name in names]
@@ -75,9 +74,7 @@ def build(seed):
         image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return transformers.Qwen3VLForConditionalGeneration(config), tokenizer, processor
 
-
 # ---- lessons: conversations as lists of (image, question, answer)
-
 
 def navigation_talk(rng, pictures):
     """One map; first its cells or a drawn path, then other paths drawn on it."""
@@ -90,26 +87,22 @@ def navigation_talk(rng, pictures):
     plain, start, talk = data_prep.draw_grid(layout, look), data_prep.find_cell(layout, "S"), []
     for number in range(pictures):
         moves, covered = random_walk(rng, size, start)
-        kind = rng.randrange(4)
-        image = plain
+        kind, image = rng.randrange(4), plain
         if kind or number:
             image = data_prep.draw_path(plain, (size, size), start, moves, look)
-        else:
-            covered = set()
         if kind % 2 or number:
             talk.append((image, "say the path", " ".join(moves)))
         else:
             names = {"F": ("ice", "path"), "H": ("hole", "crash"), "S": ("elf", "start"),
                      "G": ("gift", "found")}
-            said = [names[layout[row][column]][(row, column) in covered]
+            said = [names[layout[row][column]][kind > 0 and (row, column) in covered]
                     for row in range(size) for column in range(size)]
             talk.append((image, "say the cells", " ".join(said)))
     return talk
 
-
 def random_walk(rng, size, start):
-    """(moves, the cells that they cover): 1 to 2 * size moves, which mostly go on or turn; sometimes the
-    last one leaves the map."""
+    """(moves, the cells that they cover): 1 to 2 * size moves, which mostly go on or turn.
+    Sometimes the last one leaves the map."""
     at, moves, covered = start, [], {start}
     for _ in range(rng.randint(1, 2 * size)):
         options = []
@@ -126,9 +119,7 @@ def random_walk(rng, size, start):
         covered.add(at)
     return moves, covered
 
-
 SHAPES = (("bars", (6, 9)), ("scatter", (10, 16)), ("table", (4, 7)), ("table", (9, 11)))
-
 
 def pointing_talk(rng, pictures, task):
     """One figure: a point on the whole of it, then crops around the point as it moves."""
@@ -167,21 +158,15 @@ def pointing_talk(rng, pictures, task):
             point = there
     return talk
 
-
 def red_cells(example, point, task):
-    """For each cell of 16 x 16 pixels of a crop, row by row, whether it shows some of the target."""
-    side, (x, y), (x0, y0, x1, y1) = task.cfg.points.crop, task.pixel(example, point), example["box"]
-    left, top, said = round(x) - side // 2, round(y) - side // 2, []
-    for row in range(top, top + side, 16):
-        for column in range(left, left + side, 16):
-            seen = x0 < column + 16 and x1 > column and y0 < row + 16 and y1 > row
-            said.append("red" if seen else "page")
-    return " ".join(said)
-
+    """For each 16 x 16 pixels of a crop, row by row, whether they show some of the target."""
+    side, (x, y) = task.cfg.points.crop, task.pixel(example, point)
+    left, top, (x0, y0, x1, y1) = round(x) - side // 2, round(y) - side // 2, example["box"]
+    return " ".join("red" if x0 < c + 16 and x1 > c and y0 < r + 16 and y1 > r else "page"
+                    for r in range(top, top + side, 16) for c in range(left, left + side, 16))
 
 def crop(image, example, point, task):
     return data_prep.draw_crop(image, task.pixel(example, point), task.cfg.points.crop)
-
 
 def lesson(policy, talk, number):
     """A conversation as an Episode whose answers are all taught."""
@@ -199,14 +184,12 @@ def lesson(policy, talk, number):
         episode.turns.append(turn)
     return episode
 
-
 # ---- training
 
 # Title, updates, length of the rate's cosine in updates, most pictures, peak of the rate.
 STAGES = (("single pictures", 600, 600, 1, 1.5e-3), ("conversations", 400, 1600, 6, 1.5e-3),
           ("more conversations", 300, 420, 6, 1.3e-3))
 BATCH = 256  # conversations an update
-
 
 def start_maker(words, folder):
     """What a process that makes lessons needs: the tokenizer, in a policy that is never trained."""
@@ -215,7 +198,6 @@ def start_maker(words, folder):
     start_maker.policy = vrrl.load_policy(folder, cfg)
     start_maker.task = vrrl.Points.__new__(vrrl.Points)
     start_maker.task.cfg = cfg
-
 
 def make_batch(job):
     """(episodes, talks) of one update; job: (seed, stage, step, most pictures)."""
@@ -227,7 +209,6 @@ def make_batch(job):
         episodes.append(lesson(start_maker.policy, talks[-1], number))
     return episodes, [[(question, answer) for _, question, answer in talk] for talk in talks]
 
-
 def in_advance(makers, jobs, most=40):
     """The results of make_batch in order; at most so many are made before they are wanted."""
     pending = collections.deque()
@@ -238,11 +219,10 @@ def in_advance(makers, jobs, most=40):
     while pending:
         yield pending.popleft().get()
 
-
 def main(words):
     words = ["policy.temperature=1.0", "policy.freeze_vision=no", "policy.dtype=float32", *words]
-    folder = next((Path(w) for w in words if "=" not in w), HERE / "embedded")
-    words = [w for w in words if "=" in w]
+    folder = next((Path(word) for word in words if "=" not in word), HERE / "embedded")
+    words = [word for word in words if "=" in word]
     cfg, _ = vrrl.read_config(words)
     vrrl.Policy(*build(cfg.seed), cfg).save(folder)
     policy, began = vrrl.load_policy(folder, cfg), time.time()
@@ -261,13 +241,12 @@ def main(words):
             warm = min(1.0, step / 100)
             optimizer.step(peak * warm * (0.55 + 0.45 * math.cos(math.pi * step / wave)))
             if step % 50 == 0 or step == steps:
-                shown = ", ".join(f"{name} {sum(v) / len(v):.2f}" for name, v in sorted(seen.items()))
+                shown = {name: round(sum(p) / len(p), 2) for name, p in sorted(seen.items())}
                 print(f"{stage} {step}/{steps}, {time.time() - began:.0f} s: {shown}", flush=True)
                 seen.clear()
             if step % 200 == 0 or step == steps:
                 policy.save(folder)
     makers.terminate()
-
 
 def count_right(episodes, logps, talks, seen):
     """Collect, by question, the probability of each whole answer."""
@@ -279,7 +258,6 @@ def count_right(episodes, logps, talks, seen):
             chance = logp[at : at + len(turn.ids)].sum().exp().item()
             seen.setdefault(name, []).append(chance)
             at += len(turn.ids)
-
 
 if __name__ == "__main__":
     vrrl.run_main(main, sys.argv[1:])
