@@ -751,7 +751,9 @@ def _read_official(file, training):
             about = entry if training else entry["metadata"]
             layout = ["".join(row) for row in about["layout"]]
             check_layout(layout)
-            picture = folder / entry.get("input_image" if training else "input_map", "")
+            picture = (folder / entry.get("input_image" if training else "input_map", "")).resolve()
+            if not picture.is_relative_to(folder):
+                raise UserError(f"its picture {picture.name} lies outside of the folder")
             found.append((layout, str(picture) if picture.is_file() else ""))
     except Exception as error:  # it can be wrong in many ways
         raise UserError(f"{file}: not the authors' map {len(found) + 1} ({error!r})") from None

@@ -846,6 +846,8 @@ def test_all_models_repair_the_same_first_turns_and_probes_show_what_they_say():
     assert found["unmarked"](one, (0, 0)) == task.feedback(one, (0, 0), mark=False)
     assert found["other_place"](one, (0, 0)) == task.feedback(one, (1, 24))
     assert found["other_picture"](one, (0, 0)) == task.feedback(two, (1, 24))
+    alone = vrrl.probes(task, [(one, said("A 0 0")[0])])  # nothing false but the missing mark
+    assert alone["other_picture"](one, (0, 0)) == task.feedback(one, (0, 0), mark=False)
 
 # ==================== Runs ========================================================================
 def words_of(folder, *more):
@@ -1096,7 +1098,8 @@ def test_the_authors_maps_and_pictures_become_a_data_folder(tmp_path, capsys):
         return next((tmp_path / "data").glob("official-*"))
     entry = lambda picture, *layout: {"input_map": picture, "id": picture, "metadata": {
         "layout": layout, "start_pos": 0, "target_pos": len("".join(layout)) - 1}}
-    for wrong in ({"id": "a"}, 5, entry("a", "SH", "HG"), entry("a", "SX", "FG")):
+    for wrong in ({"id": "a"}, 5, entry("a", "SH", "HG"), entry("a", "SX", "FG"),
+                  entry("../a.png", "SF", "HG")):
         with pytest.raises(SystemExit):
             official(wrong)
         assert re.fullmatch(r"error: .*x\.json.*\n", capsys.readouterr().err)

@@ -1249,7 +1249,8 @@ def probes(task, failed):
         return task.feedback(example, answer, mark=False)
 
     def other_picture(example, answer):
-        return task.feedback(*after[example["id"]][0])
+        other, its_answer = after[example["id"]][0]
+        return task.feedback(other, its_answer, mark=other is not example)  # the only one failed
 
     return {"unmarked": functools.partial(task.feedback, mark=False),
             "other_place": other_place, "other_picture": other_picture}
