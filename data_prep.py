@@ -3,6 +3,7 @@
 `rng` is always a random.Random. Colours are (R, G, B). Boxes are (x0, y0, x1, y1) in pixels, half
 open: x0 <= x < x1.
 """
+import contextlib
 import fcntl
 import functools
 import hashlib
@@ -593,6 +594,20 @@ def digest(*paths):
     return hashlib.sha256(" ".join(sums).encode()).hexdigest()[:16]
 
 
+def digest_of(values):
+    """A name of 8 hex digits for what JSON can hold."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def read_lines(file):
+    """The lines of a JSONL log; the last one of a run that was killed may be cut off."""
+    found = []
+    for line in file.read_text().splitlines() if file.is_file() else ():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
 def load_image(path):
     """An image file as RGB, as a viewer shows it on a white page. UserError names the file."""
     try:
@@ -640,11 +655,11 @@ def read_examples(path, check=lambda record: None):
     return list(records.values())
 
 
-def make_folder(folder, task, plan, make, preview, **more):
+def make_folder(folder, task, plan, make, **more):
     """Write a made data set, unless it is there. The same plan gives the same bytes.
 
     plan: {split: [arguments, ...]}, of what JSON can hold. make(rng, *arguments) gives (record,
-    image); no layout or picture is in two places. preview(record, image) gives (image, caption).
+    image); no layout or picture is in two places.
     """
     folder = Path(folder)
     about = {"task": task, "plan": hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16],
@@ -652,10 +667,10 @@ def make_folder(folder, task, plan, make, preview, **more):
     if not folder.exists():
         with lock(folder.parent, wait=True):
             if not folder.exists():  # no other process has just made it
-                _write_folder(folder, about, plan, make, preview)
+                _write_folder(folder, about, plan, make)
 
 
-def _write_folder(folder, about, plan, make, preview):
+def _write_folder(folder, about, plan, make):
     """Write a data folder whole or not at all."""
     building = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)  # left by a process that was killed
@@ -680,9 +695,9 @@ def _write_folder(folder, about, plan, make, preview):
                 image.save(building / record["image"], compress_level=1)
                 lines.append(json.dumps(record) + "\n")
                 if len(lines) <= 6:
-                    shown, caption = preview(record, image)
-                    row["images"].append(shown)
-                    row["captions"].append(caption)
+                    asked = "question" in record  # then its box is the target
+                    row["images"].append(draw_box(image, record["box"]) if asked else image)
+                    row["captions"].append(record.get("question", name))
             write_file(building / f"{split}.jsonl", "".join(lines))
             film_strip(building / f"preview_{split}.png", [row], side=500)
         write_file(building / "data.json", json.dumps(about, indent=2) + "\n")
@@ -737,7 +752,7 @@ def make_official(data, maps, evals, cell):
         random.Random(split).shuffle(plan[split])  # an evaluation takes the first: mix the sizes
     folder = Path(data) / f"official-{hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:8]}"
     drawn = {split: sum(not picture for _, picture, _ in plan[split]) for split in plan}
-    make_folder(folder, "navigation", plan, _official_map, lambda record, image: (image, ""),
+    make_folder(folder, "navigation", plan, _official_map,
                 splits=[split[5:] for split in plan if split != "train"], drawn_here=drawn)
     return folder
 
@@ -850,9 +865,9 @@ CURVES = {"loss, nats a token": "loss", "reward": "reward", "accuracy, sampled":
           "shares: kept, roll-ins": "kept rollins", "gradient norm": "grad_norm", "KL": "kl"}
 
 
-def curves(path, lines):
-    """Paint the lines of metrics.jsonl: a chart for each stage and each row of CURVES."""
-    panels = []
+def curves(path, files):
+    """Paint the lines of metrics.jsonl files: a chart for each stage and each row of CURVES."""
+    panels, lines = [], [line for file in files for line in read_lines(file)]
     for stage in dict.fromkeys(line["stage"] for line in lines):
         of_stage = [line for line in lines if line["stage"] == stage]
         steps = [line["step"] for line in of_stage]
@@ -862,6 +877,25 @@ def curves(path, lines):
             if series:
                 panels.append((f"{stage}: {title}", series))
     line_charts(path, panels or [("nothing was trained", {})])
+
+
+def table(models):
+    """Markdown, percent: a line for each model and split, and for the mean out of distribution.
+    models: {name: rows of vrrl.evaluate}."""
+    keys = "first", "final", "repair_own", "repair_fixed", "break", "commit"
+    lines = [f"| model | split | n | {' | '.join(keys).replace('_', ' ')} | turns |",
+             "| --- " * (len(keys) + 4) + "|"]
+    for model, rows in models.items():
+        far = [row for row in rows if row["ood"]]
+        mean = {"split": "**mean ood**", "n": sum(row["n"] for row in far)}
+        for key in (*keys, "turns"):
+            known = [row[key] for row in far if row[key] is not None]
+            mean[key] = sum(known) / len(known) if known else None
+        for row in [*rows, *([mean] if far else [])]:
+            cells = ["-" if row[key] is None else f"{100 * row[key]:.1f}" for key in keys]
+            cells = [model, row["split"], str(row["n"]), *cells, f"{row['turns']:.2f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main(words):

@@ -795,8 +795,7 @@ def test_maps_are_solvable_in_no_two_places_and_other_ways_are_drawn_otherwise(t
     assert all(start_of(e["layout"]) in least(e["layout"]) for e in examples)
     assert len({(*e["layout"],) for e in examples}) == len(examples) == 60 + 6 * 3
     paint = lambda rng: ({}, Image.new("L", (8, 8), rng.randrange(12)))  # there are just twelve
-    data_prep.make_folder(tmp_path / "x", "x", {"train": [()] * 9, "test_id": [()] * 3}, paint,
-                          lambda record, image: (image, ""))
+    data_prep.make_folder(tmp_path / "x", "x", {"train": [()] * 9, "test_id": [()] * 3}, paint)
     assert len({p.read_bytes() for p in (tmp_path / "x" / "images").iterdir()}) == 12
     example = next(e for e in task.examples("train") if len(e["layout"]) == 5)
     for moves in itertools.chain(*(itertools.product(STEPS, repeat=n) for n in (1, 2, 3))):
@@ -828,7 +827,7 @@ def test_figures_of_an_evaluation_by_hand():
     keys += ["rollins", "rollin_repair", "commit_wrong"]  # one commit after three wrong answers
     assert [health[k] for k in keys] == [0.5, 0.5, 0.75, 2.25, 0.2, 0, 1 / 3]
     row = found | {"split": "far", "ood": True, "repair_fixed": None}
-    lines = vrrl.table({"m": [row, row | {"final": 0.2}]})
+    lines = data_prep.table({"m": [row, row | {"final": 0.2}]})
     assert "| m | far | 4 | 50.0 | 50.0 | 50.0 | - | 50.0 | 75.0 | 2.25 |" in lines
     assert "ood** | 8 | 50.0 | 35.0 |" in lines
 
@@ -876,7 +875,7 @@ def whole():
 def test_a_run_leaves_its_table_pictures_figures_and_the_model_that_has_them():
     folder, expected = whole(), [*itertools.product(("sft", "vrrl"), made("grounding").splits)]
     assert {p.name for p in folder.iterdir()} == {
-        "settings.yaml", "metrics.jsonl", "timing.jsonl", "results.json", "report.md",
+        "settings.yaml", "metrics.jsonl", "results.json", "report.md",
         "curves.png", "episodes.png", "model", "lock"}
     lines, report = lines_of(folder), (folder / "report.md").read_text()
     assert all(f"| {model} | {split} | 3 |" in report for model, split in expected)
@@ -1120,7 +1119,7 @@ def test_help_exits_0_and_names_every_setting_and_a_mistake_exits_2():
     assert ended(wrong, 2) == ("", "error: unknown setting 'rl.stepz'; nearest: rl.steps")
 
 # ==================== The repository ==============================================================
-LINES = {"vrrl.py": 1600, "data_prep.py": 900, "assets/make_embedded.py": 265,
+LINES = {"vrrl.py": 1540, "data_prep.py": 920, "assets/make_embedded.py": 271,
          "results/study.py": 350, "test_vrrl.py": 1300, "config.yaml": 170, "README.md": 200}
 PACKAGES = "numpy torch transformers tokenizers safetensors yaml tqdm PIL pytest vrrl data_prep"
 @pytest.mark.parametrize("name", LINES)

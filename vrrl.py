@@ -39,7 +39,7 @@ config.yaml; a method is a row of config.yaml; the reward is section 6; a model 
 Pictures are made in data_prep.py, which knows nothing of learning. `--help` lists all settings.
 """
 import atexit, contextlib, dataclasses, difflib, functools, hashlib, inspect, itertools, json
-import math, os, random, re, shutil, signal, subprocess, sys, tempfile, time
+import math, os, platform, random, re, shutil, signal, sys, tempfile, time
 from collections import Counter, deque
 from pathlib import Path
 
@@ -148,9 +148,9 @@ class Task:
     def __init__(self, cfg, plan, make):
         """Make the data, once. plan: {split: [arguments, ...]} with the splits train, dev_<name>
         and test_<name>; `make(rng, *arguments)` gives the (record, image) of each item."""
-        name = f"{cfg.task}-{digest_of([plan, data_prep.digest(HERE / 'data_prep.py')])}"
+        name = f"{cfg.task}-{data_prep.digest_of([plan, data_prep.digest(HERE / 'data_prep.py')])}"
         self.cfg, self.folder = cfg, Path(cfg.data) / name
-        data_prep.make_folder(self.folder, cfg.task, plan, make, self.preview)
+        data_prep.make_folder(self.folder, cfg.task, plan, make)
 
     def examples(self, split):
         return data_prep.read_examples(self.folder / f"{split}.jsonl", self.check)
@@ -158,8 +158,6 @@ class Task:
         """UserError unless the record of a data file can be used."""
     def image(self, example):
         return data_prep.cached_image(self.folder / example["image"])
-    def preview(self, record, image):
-        return image, record["id"]  # with its caption, for people who look into the data folder
     def same(self, answer, other):
         return answer == other
     def say(self, answer):
@@ -180,11 +178,12 @@ class Task:
             answers, wanted = [self.right(example, rng)], 0
             if rng.random() < self.cfg.sft.multi_share:
                 wanted = rng.choices((1, 2, 3, 4), (4, 3, 2, 1))[0]
-            for _ in range(100):  # a box may leave little room for wrong answers
+            for _ in range(100 * wanted):  # a box may leave little room for wrong answers
                 new = self.wrong(example, rng)
-                known = self.exact(example, new) or any(self.same(new, old) for old in answers)
-                if len(answers) <= wanted and not known:
+                if not self.exact(example, new) and not any(self.same(new, a) for a in answers):
                     answers.insert(0, new)
+                if len(answers) > wanted:
+                    break
             turns, think = [], ""
             for answer in answers:
                 text = f"{think}<ANSWER>{self.say(answer)}</ANSWER>"
@@ -215,8 +214,7 @@ class Points(Task):
         return points.question.replace("{question}", example["question"]), points.reply
     def parse(self, text):
         """'3 14', '3, 14' or '(3, 14)' -> (3, 14)."""
-        pair = r"\(?\s*(\d{1,5})(?:\s*,\s*|\s+)(\d{1,5})\s*\)?"
-        found = re.fullmatch(pair, text.strip(), re.A)
+        found = re.fullmatch(r"\(?\s*(\d{1,5})(?:\s*,\s*|\s+)(\d{1,5})\s*\)?", text.strip(), re.A)
         answer = found and tuple(map(int, found.groups()))
         return answer if answer and max(answer) <= (self.cfg.points.scale or 10_000) else None
 
@@ -238,9 +236,9 @@ class Points(Task):
 
     def exact(self, example, answer):
         """Inside the box, or at most `within` pixels from its centre where the example has it."""
-        (x, y), (x0, y0, x1, y1) = self.pixel(example, answer), example["box"]
         if example["within"]:
             return self.distance(example, answer) <= example["within"]
+        (x, y), (x0, y0, x1, y1) = self.pixel(example, answer), example["box"]
         return x0 <= x < x1 and y0 <= y < y1
 
     def progress(self, example, answer):
@@ -298,8 +296,6 @@ class Grounding(Points):
         plan = data_prep.figure_plan(cfg.points.kind, cfg.make.train, cfg.make.test)
         self.splits = [name.removeprefix("test_") for name in plan if name.startswith("test_")]
         Task.__init__(self, cfg, plan, data_prep.make_figure)
-    def preview(self, record, image):
-        return data_prep.draw_box(image, record["box"]), record["question"]
 
 class Navigation(Task):
     """Spatial navigation on a frozen lake: a shortest way from the elf to the gift, around holes.
@@ -487,43 +483,19 @@ CACHE = "cache" if NEW_NAME else "past_key_values"
 # Computes a part again in the backward pass, instead of keeping what it made.
 recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
-class KeyValues:
-    """The cache of a batch of conversations: keys and values (B, heads, L, D) of each layer, which
-    the library's layers `update`. While sampling, the tensors have room to grow in place: a plain
-    concatenation would copy all of them at every token."""
-    def __init__(self):
-        self.layers, self.length = {}, 0
-
-    def update(self, keys, values, layer, *args, **kwargs):
-        new, old, end = (keys, values), self.layers.get(layer), self.length + keys.shape[2]
-        if torch.is_grad_enabled():
-            if old:
-                new = [torch.cat([o[:, :, : self.length], n], 2) for o, n in zip(old, new)]
-            self.layers[layer] = new
-            return new
-        if old is None or old[0].shape[2] < end:
-            room = [n.new_empty(*n.shape[:2], end + 64, n.shape[3]) for n in new]
-            for r, o in zip(room, old or ()):
-                r[:, :, : self.length] = o[:, :, : self.length]
-            self.layers[layer] = old = room
-        for o, n in zip(old, new):
-            o[:, :, self.length : end] = n
-        return [o[:, :, :end] for o in old]
-
 class Context:
     """B conversations as far as the model has read them. Rows of different length share columns:
     where a row has no token, `valid` (B, L) is False and attention skips the column. position (B,):
     the next M-RoPE position. last (B, D): the hidden state that predicts a row's next token."""
     def __init__(self, rows, device):
-        self.cache, self.last = KeyValues(), None
+        self.cache, self.last = transformers.DynamicCache(), None
         self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=device)
         self.position = torch.zeros(rows, dtype=torch.long, device=device)
 
     def take(self, rows):
         """Keep these rows, in this order. One may be taken several times: a start, G samples."""
-        rows, length = torch.tensor(rows, device=self.valid.device), self.cache.length
-        for layer, pair in self.cache.layers.items():
-            self.cache.layers[layer] = [t[:, :, :length].index_select(0, rows) for t in pair]
+        rows = torch.tensor(rows, device=self.valid.device)
+        self.cache.batch_select_indices(rows)
         self.valid, self.position, self.last = (
             t.index_select(0, rows) for t in (self.valid, self.position, self.last))
 
@@ -622,7 +594,6 @@ class Policy:
         hidden = self.model.model.language_model(
             inputs_embeds=embeds, attention_mask=mask, use_cache=True,
             position_ids=positions + context.position[:, None], **extra).last_hidden_state
-        context.cache.length += width  # after the last layer has written its keys
         row, end = torch.arange(rows, device=self.device), (new.sum(1) - 1).clamp(min=0)
         step, last = positions.amax(0)[row, end] + 1, hidden[row, end]
         context.position = context.position + torch.where(new.any(1), step, 0)
@@ -772,23 +743,25 @@ def load_policy(name, cfg):
 
 def checkpointed(layer, forward, hidden, **rest):
     """Gradient checkpointing of a layer: only its input is kept. The library's own switch takes
-    the cache away, which holds the shared opening. Here a layer's keys and values go into the
-    checkpoint and come out of it, so that computing it twice has no side effect."""
-    cache = rest.get(CACHE)
+    the cache away, which holds the shared opening. Here the layer gets a cache of its own, so that
+    computing it twice has no side effect, and what is new in it joins the real one afterwards."""
     if not torch.is_grad_enabled():
         return forward(hidden, **rest)
-    if cache is None:  # a layer of the vision tower
+    if (cache := rest.pop(CACHE, None)) is None:  # a layer of the vision tower
         return recompute(functools.partial(forward, **rest), hidden)
     number = layer.self_attn.layer_idx
+    past = cache.get_seq_length(number)
 
     def run(hidden, *old):
-        own = KeyValues()
+        own = transformers.DynamicCache()
         if old:
-            own.layers[number], own.length = old, old[0].shape[2]
-        return forward(hidden, **rest | {CACHE: own}), *own.layers[number]
+            own.update(*old, number)
+        hidden, kept = forward(hidden, **rest, **{CACHE: own}), own.layers[number]
+        return hidden, kept.keys[:, :, past:], kept.values[:, :, past:]
 
-    old = [t[:, :, : cache.length] for t in cache.layers.get(number, ())]
-    hidden, *cache.layers[number] = recompute(run, hidden, *old)
+    old = [cache.layers[number].keys, cache.layers[number].values] if past else []
+    hidden, *new = recompute(run, hidden, *old)
+    cache.update(*new, number)
     return hidden
 
 
@@ -847,8 +820,6 @@ def play(policy, task, starts, samples, max_turns, luck=None, training=False, fe
     """
     most, episodes = max(1, policy.cfg.policy.rows // samples), []
     for at in range(0, len(starts), most):
-        if Stopped.asked and not training:
-            raise Stopped
         part = starts[at : at + most]
         context = Context(len(part), policy.device)
         policy.read(context, [start.opening for start in part])
@@ -1021,18 +992,15 @@ class AdamW:
     @torch.no_grad()
     def step(self, lr):
         """One update from the weights' gradients, which are cleared. Returns their norm."""
-        norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32)
-                 for p in self.weights if p.grad is not None]
-        norm = torch.stack(norms).norm().item() if norms else 0.0
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0).item()
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if self.skipped == 10:
             raise UserError("ten steps in a row had a gradient that is not finite: lower the "
                             "learning rate and give run=ANOTHER_NAME")
         self.steps += not self.skipped
         for number, p in enumerate(self.weights):
-            if not self.skipped:
-                grad = torch.zeros_like(p) if p.grad is None else p.grad
-                self.update(number, p, grad.float() * min(1.0, 1.0 / (norm + 1e-6)), lr)
+            if not self.skipped and p.grad is not None:
+                self.update(number, p, p.grad.float(), lr)
             p.grad = None
         return norm
 
@@ -1148,8 +1116,9 @@ def rl(policy, task, cfg, run, reference=None):
             e.advantage, rng = advantage[n], random.Random(f"{name} {e.start} {n % group}")
             e.weights = turn_weights(e, cfg.rl.mask, rng)
 
-        # 5. The gradient, a micro-batch at a time. Where A is 0 there is none.
-        kept, seen = [e for e in episodes if abs(e.advantage) > 1e-6 or cfg.rl.kl], Counter()
+        # 5. The gradient, a micro-batch at a time. Groups of equal rewards are left out, of the
+        #    KL term too (as in the paper): A is 0 in them.
+        kept, seen = [e for e in episodes if abs(e.advantage) > 1e-6], Counter()
         for part in micro_batches(kept, cfg.policy.micro):
             logps, entropies = policy.log_probs(part)
             with torch.no_grad():
@@ -1185,10 +1154,13 @@ def figures_of(episodes, logps, entropies, references):
             "off_policy": (logp - torch.tensor(then, device=logp.device)).abs().sum().item(),
             "entropy": torch.cat(entropies).sum().item()}
 
+def ratio(values, count=None):
+    """Their sum over `count`, by default how many there are; None where that is 0."""
+    count = len(values) if count is None else count
+    return sum(values) / count if count else None
+
 def average(outcomes, figure):
-    """The mean of a figure of some outcomes (or rows) that have it; None if none has."""
-    values = [e[figure] for e in outcomes if e[figure] is not None]
-    return sum(values) / len(values) if values else None
+    return ratio([e[figure] for e in outcomes])
 
 def outcome(task, episode):
     """What an episode came to, as JSON can hold it. right: of each answer, given ones included;
@@ -1198,25 +1170,22 @@ def outcome(task, episode):
     return {"id": episode.example["id"], "given": len(episode.given), "turns": len(episode.turns),
             "answers": [t.text for t in turns if t.kind == "answer"], "last": turns[-1].text,
             "right": right, "first": right[0], "final": right[-1], "commit": episode.committed,
-            "at_once": episode.committed and len(episode.turns) == 1,
-            "rollins": bool(episode.given), "well_formed": well_formed(task, turns),
+            "well_formed": well_formed(task, turns), "reward": episode.reward,
             "repeats": any(task.same(a, b) for a, b in itertools.combinations(answers, 2)),
-            "shown": sum(t.picture is not None for t in turns), "reward": episode.reward}
+            "shown": sum(t.picture is not None for t in turns)}
 
 def health(outcomes):
     """Where a collapse of training shows first. Sampled, so not the figures of an evaluation."""
     fresh = [e for e in outcomes if not e["given"]]
     wrong = [e for e in outcomes if e["given"] and not e["right"][e["given"] - 1]]
-    decisions = [ok for e in fresh for ok in e["right"][: e["shown"]]].count(False)
-    wrong_commits = sum(e["commit"] and not e["final"] for e in fresh)
-    return {"reward": average(outcomes, "reward"),
-            **{figure: average(fresh, figure) for figure in ("first", "final", "commit")},
-            "commit_wrong": wrong_commits / decisions if decisions else None,
-            "rollin_commit_wrong": average(wrong, "at_once"),
+    shown = [ok for e in fresh for ok in e["right"][: e["shown"]]]  # of each answer with feedback
+    return {**{key: average(fresh, key) for key in ("first", "final", "commit", "turns")},
+            **{key: average(outcomes, key) for key in ("reward", "well_formed", "repeats")},
+            "rollins": ratio([e["given"] > 0 for e in outcomes]),
             "rollin_repair": average(wrong, "final"),
-            "rollins": average(outcomes, "rollins"),
-            "well_formed": average(outcomes, "well_formed"),
-            "repeats": average(outcomes, "repeats"), "turns": average(fresh, "turns")}
+            "rollin_commit_wrong": ratio([e["commit"] and e["turns"] == 1 for e in wrong]),
+            "commit_wrong": ratio([e["commit"] and not e["final"] for e in fresh],
+                                  shown.count(False))}
 
 
 # ==================== 11. Evaluation ==============================================================
@@ -1262,13 +1231,12 @@ def bits(values):
 def rates(outcomes, most):
     """Figures of a split, rates in [0, 1]; None where nothing was counted. most: the turn limit.
     after_turn: the accuracy had it stopped after 1, 2, ... answers."""
-    wrong = average([e for e in outcomes if not e["first"]], "final")
-    right = average([e for e in outcomes if e["first"]], "final")
-    after = [sum(e["right"][:n][-1] for e in outcomes) / len(outcomes) for n in range(1, most + 1)]
-    return {"n": len(outcomes), "first": average(outcomes, "first"),
-            "final": average(outcomes, "final"), "repair_own": wrong,
-            "break": None if right is None else 1 - right, "commit": average(outcomes, "commit"),
-            "turns": average(outcomes, "turns"), "after_turn": after,
+    return {"n": len(outcomes),
+            **{key: average(outcomes, key) for key in ("first", "final", "commit", "turns")},
+            "repair_own": ratio([e["final"] for e in outcomes if not e["first"]]),
+            "break": ratio([not e["final"] for e in outcomes if e["first"]]),
+            "after_turn": [ratio([e["right"][:n][-1] for e in outcomes])
+                           for n in range(1, most + 1)],
             "first_by_question": bits(e["first"] for e in outcomes),
             "final_by_question": bits(e["final"] for e in outcomes)}
 
@@ -1314,55 +1282,44 @@ def gather(items=()):
     return [part[n] for n in range(len(parts[0])) for part in parts if n < len(part)]
 
 def sum_gradients(policy):
-    """Each worker's gradient becomes the sum of all."""
+    """Each worker's gradient becomes the sum of all; zero where nothing was to be learnt."""
     for p in policy.model.parameters():
-        if workers() > 1 and p.requires_grad:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if p.requires_grad and p.grad is None:
+            p.grad = torch.zeros_like(p)
+        if p.requires_grad and workers() > 1:
             dist.all_reduce(p.grad)
 
-def start_workers(words, cfg):
-    """Join the workers that `torchrun` started, or start cfg.workers of them on this machine. A
+def start_workers(cfg):
+    """Join the workers that `torchrun` started, or fork cfg.workers of them on this machine. A
     worker that ends breaks the connections of the others, which then end too (`run_main`)."""
-    cores, on_cpu = os.cpu_count(), device_of(cfg).type == "cpu"
+    cores, on_cpu, children = os.cpu_count(), device_of(cfg).type == "cpu", []
     count = cfg.workers or (min(4, cores) if on_cpu else 1)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo" if on_cpu else "nccl")
         count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     elif count > 1:
-        meet = os.environ.get("VRRL_MEET") or tempfile.mktemp(prefix="vrrl-workers-")
-        rank = int(os.environ.get("VRRL_WORKER", 0))
+        meet, rank = f"file://{tempfile.mktemp(prefix='vrrl-workers-')}", 0
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        for other in range(1, count) if rank == 0 else ():
-            own = {**os.environ, "VRRL_MEET": meet, "VRRL_WORKER": str(other)}
-            command = [sys.executable, __file__, *words]
-            child = subprocess.Popen(command, env=own, stdin=subprocess.DEVNULL)
-            atexit.register(child.kill)  # it has nothing to lose
-        dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=count)
+        while rank == 0 and len(children) < count - 1:
+            children.append(os.fork())
+            rank = 0 if children[-1] else len(children)
+        for child in children if rank == 0 else ():
+            atexit.register(os.kill, child, signal.SIGKILL)  # it has nothing to lose
+        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=count)
     sys.stdout = sys.stdout if worker() == 0 else open(os.devnull, "w")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, cores // count))))
 
-class Stopped(Exception):
-    """Ctrl-C or SIGTERM; what was done is saved."""
-    asked = False  # set by the first signal and looked at between steps; the second ends at once
-
-    @classmethod
-    def soon(cls, number, frame):
-        if cls.asked:
-            raise KeyboardInterrupt
-        cls.asked = True
-        os.write(2, b"\nstopping after this step (again: at once)\n" if worker() == 0 else b"")
-
 class Run:
-    """The folder of a run: settings.yaml, metrics.jsonl (what the seed decides), timing.jsonl,
-    checkpoints, and at the end the report. A run that was stopped goes on with the same command,
-    to the same bytes: randomness hangs on the seed and the number of the step, so weights,
-    optimizer, buffer and that number are all that a checkpoint holds."""
+    """The folder of a run: settings.yaml, metrics.jsonl, checkpoints, and at the end the report. A
+    run that was stopped goes on with the same command, to the same bytes."""
     def __init__(self, folder, flat, wait=False):
         """Lock the folder. UserError if it holds a run of other settings."""
-        self.folder, self.began, self.stage, self.step = Path(folder), time.time(), None, None
+        self.folder, self.began, self.stopping = Path(folder), time.time(), False
+        self.stage, self.step = None, None
+        self.metrics, file = self.folder / "metrics.jsonl", self.folder / "settings.yaml"
         if worker() == 0:
-            self.lock, file = data_prep.lock(self.folder, wait), self.folder / "settings.yaml"
-            before = read_yaml(file) if file.is_file() else flat
+            self.lock = data_prep.lock(self.folder, wait)
+            before = read_config()[1] | (read_yaml(file) if file.is_file() else flat)
             for key, value in flat.items():
                 if before.get(key) != value and key not in ("run", "data", "mode"):
                     raise UserError(f"{self.folder} holds a run with {key}={before.get(key)}, now "
@@ -1370,14 +1327,14 @@ class Run:
             write_file(file, yaml.safe_dump(flat, sort_keys=False))
         gather()
 
-    def log(self, file="metrics.jsonl", **figures):
+    def log(self, **figures):
         line = {"stage": self.stage, "step": self.step}
         for key, value in figures.items():  # JSON has no nan
             if isinstance(value, float):
                 value = round(value, 6) if math.isfinite(value) else None
             line[key] = value
         if worker() == 0:
-            with open(self.folder / file, "a") as out:
+            with open(self.metrics, "a") as out:
                 out.write(json.dumps(line) + "\n")
 
     def steps(self, stage, count, optimizer, buffer=None):
@@ -1385,23 +1342,30 @@ class Run:
         writes one every 20 seconds, or as seldom as keeps writing below a twentieth of the time."""
         self.stage = stage
         done, saved, cost = self.load(optimizer, buffer), time.time(), 0.0
+        handle_signals(self.stop_soon)
         for self.step in tqdm(range(done + 1, count + 1), initial=done, total=count, desc=stage,
                               unit="step", disable=worker() > 0):
-            began = time.time()
             yield self.step
-            self.log("timing.jsonl", seconds=time.time() - began)
-            stop = any(gather([Stopped.asked]))
+            stop = any(gather([self.stopping]))
             due = stop or self.step == count or time.time() - saved > max(20, 20 * cost)
             if worker() == 0 and due and not optimizer.skipped:
                 saved = time.time()
                 self.save(optimizer, buffer)
                 cost = time.time() - saved
             if stop:
-                raise Stopped
+                raise KeyboardInterrupt
+        handle_signals(signal.default_int_handler)
+
+    def stop_soon(self, number, frame):
+        """Ctrl-C and SIGTERM wait for the end of the step. The second one does not."""
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = True
 
     def save(self, optimizer, buffer):
-        """A checkpoint. The digest in its name tells of damage; for that case the one before it
-        is kept too."""
+        """A checkpoint: weights, optimizer, buffer and the number of the step. That is all, since
+        randomness hangs on the seed and that number alone. The digest in its name tells of damage;
+        for that case the one before it is kept too."""
         for old in sorted(self.folder.glob(f"{self.stage}-*.safetensors"))[:-1]:
             old.unlink()
         states = json.dumps([*buffer.wrong, *buffer.right] if buffer else []).encode()
@@ -1411,10 +1375,7 @@ class Run:
             safetensors.torch.save_file(content, temporary)
             name = f"{self.stage}-{self.step:07d}-{data_prep.digest(temporary)}.safetensors"
             os.replace(temporary, self.folder / name)
-        except (OSError, safetensors.SafetensorError) as error:
-            raise UserError(f"{self.folder}: no checkpoint can be written ({error}): free some "
-                            "disk; the same command goes on from the one before") from None
-        finally:
+        finally:  # of a full disk
             temporary.unlink(missing_ok=True)
 
     def load(self, optimizer, buffer):
@@ -1433,35 +1394,21 @@ class Run:
                 for state in json.loads(bytes(found.get_tensor("states").tolist())):
                     buffer.add(state)
         gather()
-        for file in (self.folder / "metrics.jsonl", self.folder / "timing.jsonl"):
-            if worker() == 0:
-                lines = [json.dumps(line) + "\n" for line in read_lines(file)
-                         if line["stage"] != self.stage or line["step"] <= done]
-                write_file(file, "".join(lines))
+        if worker() == 0:
+            lines = [json.dumps(line) + "\n" for line in data_prep.read_lines(self.metrics)
+                     if line["stage"] != self.stage or line["step"] <= done]
+            write_file(self.metrics, "".join(lines))
         return done
 
     def finish(self, **content):
         """Write results.json, which says that the run is done, and remove the checkpoints."""
-        cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-        cpu = re.search(r"model name\s*: (.*)|$", cpu)[1] or os.uname().machine
+        on_gpu = torch.cuda.is_available()
         about = {"seconds": round(time.time() - self.began, 1), "workers": workers(),
-                 "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu,
+                 "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
                  "torch": torch.__version__, "transformers": transformers.__version__}
         write_file(self.folder / "results.json", json.dumps({**content, "about": about}, indent=1))
         for file in self.folder.glob("*.safetensors"):
             file.unlink()
-
-def read_lines(file):
-    """The lines of a JSONL log; the last one of a run that was killed may be cut off."""
-    found = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return found
-
-def digest_of(values):
-    """A short name for some settings."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 def fingerprint(cfg):
     """What a result hangs on beside the settings: the contents of program, model and data."""
@@ -1475,7 +1422,7 @@ def sft_model(words, task, parent):
     cfg, flat = read_config(words)
     others = "method", "profile", "mode", "run", "data", "rl", "reward", "buffer", "eval"
     decides = {k: v for k, v in flat.items() if k.split(".")[0] not in others} | fingerprint(cfg)
-    run = Run(parent / f"sft-{digest_of(decides)}", decides, wait=True)
+    run = Run(parent / f"sft-{data_prep.digest_of(decides)}", decides, wait=True)
     if any(gather([not (run.folder / "model" / "config.json").is_file()])):
         policy = load_policy(cfg.model, cfg)
         sft(policy, task, cfg, run)
@@ -1485,6 +1432,9 @@ def sft_model(words, task, parent):
     gather()
     return load_policy(run.folder / "model", cfg), run.folder
 
+def weight_sum(policy):
+    return sum(p.double().sum().item() for p in policy.model.parameters())
+
 def train(cfg, flat, words, folder):
     """SFT, RL, evaluation. The method's row decides which of them does anything."""
     run, task = Run(folder, flat | fingerprint(cfg)), TASKS[cfg.task](cfg)
@@ -1492,7 +1442,7 @@ def train(cfg, flat, words, folder):
         return print((folder / "report.md").read_text())
     # The model that all methods are compared with. They repair its wrong first turns.
     base, base_folder = sft_model([*words, "method=sft"], task, folder.parent)
-    file = base_folder / f"evaluation-{digest_of(dataclasses.asdict(cfg.eval))}.json"
+    file = base_folder / f"evaluation-{data_prep.digest_of(dataclasses.asdict(cfg.eval))}.json"
     if any(gather([not file.is_file()])):
         rows, fixed, _ = evaluate(base, task, cfg, title="evaluate sft")
         if worker() == 0:
@@ -1501,13 +1451,13 @@ def train(cfg, flat, words, folder):
     rows, fixed = json.loads(file.read_text())
     policy, sft_folder = sft_model(words, task, folder.parent)
     if cfg.rl.steps:
-        before = [p.double().sum().item() for p in policy.model.parameters()]
-        reference = load_policy(sft_folder / "model", cfg) if cfg.rl.kl else None
+        before, reference = weight_sum(policy), None
+        if cfg.rl.kl:
+            reference = load_policy(sft_folder / "model", cfg)
         rl(policy, task, cfg, run, reference)
-        after = [p.double().sum().item() for p in policy.model.parameters()]
-        if after == before and worker() == 0:
-            raise SystemExit("RL changed no weight: the rollouts of each start had equal rewards, "
-                             "or the loss is broken")
+        if weight_sum(policy) == before:
+            raise UserError("RL changed no weight: all rollouts of a start had equal rewards in "
+                            "every step, or the loss is broken")
     own, _, played = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}")
     if worker() == 0:
         policy.save(folder / "model")
@@ -1515,8 +1465,8 @@ def train(cfg, flat, words, folder):
 
 def report(run, task, models, played, *folders):
     """What people look at: report.md, curves.png, episodes.png; results.json ends the run."""
-    files = [folder / "metrics.jsonl" for folder in (*folders, run.folder)]
-    data_prep.curves(run.folder / "curves.png", [line for f in files for line in read_lines(f)])
+    data_prep.curves(run.folder / "curves.png",
+                     [folder / "metrics.jsonl" for folder in (*folders, run.folder)])
     pool = [(split, e) for split in reversed(task.splits) for e in played[split] if e["answers"]]
     pool.sort(key=lambda pair: pair[1]["first"] >= pair[1]["final"])  # repairs come first
     rows = []
@@ -1529,24 +1479,10 @@ def report(run, task, models, played, *folders):
                      "images": [task.image(example), *shown],
                      "verdicts": ["", *("right" if ok else "wrong" for ok in e["right"])]})
     data_prep.film_strip(run.folder / "episodes.png", rows, run.folder.name)
-    write_file(run.folder / "report.md", table(models) + "\n")
+    table = data_prep.table(models)
+    write_file(run.folder / "report.md", table + "\n")
     run.finish(rows=[{"method": m, **row} for m, rows in models.items() for row in rows])
-    print(table(models))
-
-def table(models):
-    """Markdown, percent: a line for each model and split, and for the mean out of distribution."""
-    keys = "first", "final", "repair_own", "repair_fixed", "break", "commit"
-    lines = [f"| model | split | n | {' | '.join(keys).replace('_', ' ')} | turns |",
-             "| --- " * (len(keys) + 4) + "|"]
-    for model, rows in models.items():
-        far = [row for row in rows if row["ood"]]
-        mean = {key: average(far, key) for key in (*keys, "turns")}
-        mean |= {"split": "**mean ood**", "n": sum(row["n"] for row in far)}
-        for row in [*rows, *([mean] if far else [])]:
-            cells = ["-" if row[key] is None else f"{100 * row[key]:.1f}" for key in keys]
-            cells = [model, row["split"], str(row["n"]), *cells, f"{row['turns']:.2f}"]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    print(table)
 
 def main(words):
     if {"-h", "--help", "help"} & set(words):
@@ -1556,10 +1492,10 @@ def main(words):
         return
     cfg, flat = read_config(words)
     source_of(cfg.model)  # what is wrong with it is said before any work
-    start_workers(words, cfg)
+    start_workers(cfg)
     name = f"{cfg.task}-{cfg.method}-seed{cfg.seed}"
-    if cfg.mode != "train":
-        name = f"{cfg.mode}-{cfg.task}-{'-'.join(Path(cfg.model).parts[-2:])}"
+    if cfg.mode == "eval":
+        name = f"eval-{cfg.task}-{'-'.join(Path(cfg.model).parts[-2:])}"
     name += "" if cfg.profile == "default" else f"-{cfg.profile}"
     folder = Path(cfg.run or f"runs/{name}")
     print(f"run folder: {folder}")
@@ -1570,21 +1506,24 @@ def main(words):
     if worker() == 0:
         report(run, task, {cfg.model: rows}, played)
 
+def handle_signals(handler):
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
 def run_main(function, words):
     """What the user can mend becomes one line and exit code 2."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, Stopped.soon)
+    handle_signals(signal.default_int_handler)
     code = 2
     try:
         return function(words)
-    except (Stopped, KeyboardInterrupt):
+    except KeyboardInterrupt:
         message, code = "stopped; the same command goes on from the last checkpoint", 130
     except UserError as error:
         message = f"error: {error}"
     except (torch.OutOfMemoryError, MemoryError):
         message = "error: out of memory: lower policy.rows, policy.micro or policy.max_new"
-    except OSError as error:  # a folder that cannot be written, a full disk, a closed pipe
-        message = f"error: {error.filename or 'writing'}: {error.strerror or error}"
+    except (OSError, safetensors.SafetensorError) as error:  # not allowed, or a full disk
+        message = f"error: {error}: the same command goes on from the last checkpoint"
     except RuntimeError as error:
         if "gloo" not in str(error):
             raise

@@ -115,8 +115,6 @@ class Study:
                     raise
                 left.append(cell)
                 time.sleep(5)
-            if vrrl.Stopped.asked:
-                raise vrrl.Stopped
         self.write()
 
     def check_count(self, cells):
