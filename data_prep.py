@@ -599,13 +599,20 @@ def digest_of(values):
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def read_json(file):
+    try:
+        return json.loads(Path(file).read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}): remove it") from None
+
+
 def read_lines(file):
     """The lines of a JSONL log; the last one of a run that was killed may be cut off."""
     found = []
-    for line in file.read_text().splitlines() if file.is_file() else ():
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
-    return found
+    return [line for line in found if isinstance(line, dict) and {"stage", "step"} <= {*line}]
 
 
 def load_image(path):
@@ -707,8 +714,9 @@ def _write_folder(folder, about, plan, make):
         shutil.rmtree(building, ignore_errors=True)  # a success leaves nothing of it
 
 
-def own_examples(file):
-    """{"train", "dev_id", "test_id": examples} of one's own JSONL of "image", "question", "box"."""
+def own_examples(file, check_text=lambda name, text: None):
+    """{"train", "dev_id", "test_id": examples} of one's own JSONL of "image", "question", "box".
+    check_text(name, text) raises UserError where the model cannot read a question."""
     parts = {"train": [], "dev_id": [], "test_id": []}
 
     def sort(record):
@@ -719,6 +727,7 @@ def own_examples(file):
         question, box = record.get("question"), record.get("box")
         if not isinstance(question, str) or not question.strip():
             raise UserError('"question" is missing or not a text')
+        check_text("question", question)
         if not isinstance(box, list) or [type(side) in (int, float) for side in box] != [True] * 4:
             raise UserError('"box" is missing or not [x0, y0, x1, y1] in pixels')
         if not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):  # nor NaN

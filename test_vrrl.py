@@ -15,6 +15,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1"} | ({} if GPU else {"CUDA_VISIBLE_DEVICES":
 import numpy as np
 import pytest, torch, transformers, yaml
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 import data_prep, vrrl
 sys.path.insert(0, str(vrrl.HERE / "assets"))
@@ -432,6 +434,24 @@ def test_sft_teaches_first_answers_then_demonstrations_by_mean_log_prob(tmp_path
             assert made("grounding").exact(e.example, turn.answer)
     assert {len(e.turns) for episodes, _ in seen[12:] for e in episodes} >= {2, 3}
     assert lines[5]["loss"] < 0.7 * lines[0]["loss"] and lines[5]["lr"] == pytest.approx(0.0004)
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_train_alone_and_are_merged_on_save(kind, tmp_path):
+    policy, plain = policy_of(kind, "policy.lora=4"), policy_of(kind)
+    episodes, optimizer = [scripted(plain, "A 0 24; T 9 9; F")], vrrl.AdamW(policy)
+    before = [t.clone() for t in plain.model.state_dict().values()]
+    for _ in range(3):
+        (-torch.cat(policy.log_probs(episodes)[0]).sum()).backward()
+        optimizer.step(0.02)
+    assert sum(p.numel() for p in optimizer.weights) < 0.2 * sum(t.numel() for t in before)
+    trained = torch.cat(policy.log_probs(episodes)[0])
+    with vrrl.LoRA.off():  # the model that the KL term is to
+        off = torch.cat(policy.log_probs(episodes)[0])
+    assert torch.allclose(off, torch.cat(plain.log_probs(episodes)[0]), atol=1e-5)
+    assert (trained - off).abs().max() > 0.1
+    policy.save(tmp_path / "merged")
+    again = vrrl.load_policy(tmp_path / "merged", settings())
+    assert torch.allclose(trained, torch.cat(again.log_probs(episodes)[0]), atol=1e-4)
 
 def test_every_pass_over_the_items_is_whole_and_in_a_new_order():
     taken = itertools.chain(*(vrrl.batch_of("abcdefgh", 3, step, 0) for step in range(1, 9)))
@@ -992,7 +1012,8 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(what, tmp_path, fails
     ("rl.lr=nan", "0 to 1"), ("rl.std_norm=maybe", "yes, no"), ("method=ppo", "sft"),
     ("model=nowhere", "model=nowhere"), ("model=assets/x", "config.json"), ("model=/tmp", "/tmp"),
     ("model=", "model="), ("none.yaml", "none.yaml: cannot be read"), ("rl: {steps: [", "as YAML"),
-    ("- 1\n- 2", "not a table"), ("rl: {stepz: 3}", "nearest: rl.steps"), ("seed: \xff", "seed=")])
+    ("- 1\n- 2", "not a table"), ("rl: {stepz: 3}", "nearest: rl.steps"), ("seed: \xff", "seed="),
+    ("points.question=find", "text {question}"), ("data=config.yaml", "needs task=points")])
 def test_a_wrong_word_or_file_of_settings_is_one_clear_line(fails, tmp_path, word, said):
     if ": " in word or word[:2] == "- ":
         (tmp_path / "my.yaml").write_text(word)
@@ -1011,6 +1032,55 @@ def test_a_model_that_is_not_whole_is_one_clear_line(fails, tmp_path, lost):
     word = f"model={tmp_path / 'model'}"
     assert word in fails(vrrl.main, words_of(tmp_path / "run", word, "mode=eval"))
 
+def changed(name, **keys):
+    """A change of a JSON file of a model's folder."""
+    def change(folder):
+        found = json.loads((folder / name).read_text())
+        for key, value in keys.items():
+            inner, _, last = key.rpartition("__")
+            (found[inner] if inner else found)[last] = value
+        (folder / name).write_text(json.dumps(found))
+    return change
+
+def with_a_weight_of_nan(folder):
+    weights = load_file(folder / "model.safetensors")
+    next(iter(weights.values())).view(-1)[0] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+def thinking(folder):
+    template = (folder / "chat_template.jinja").read_text()
+    ends = template.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    (folder / "chat_template.jinja").write_text(ends)
+
+@pytest.mark.parametrize("change, said", [
+    (changed("config.json", model_type="qwen2_vl"), "it is a qwen2_vl"),
+    (changed("config.json", model_type="llava"), "it is a llava"),
+    (changed("preprocessor_config.json", patch_size=14), "(14, 2, 2) in its image processor"),
+    (changed("preprocessor_config.json", merge_size=1), "(8, 1, 2) in its image processor"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapters alone"),
+    (with_a_weight_of_nan, "is not finite"), (thinking, "opens a reply otherwise"),
+    (lambda folder: shutil.move(shutil.copytree(folder, folder.parent / "x"), folder / "model"),
+     "the folder of a run"),
+    (lambda folder: more_words(folder), "words, its embedding")])
+def test_models_that_do_not_fit_are_refused_in_one_line(fails, tmp_path, change, said):
+    shutil.copytree(folder_of("embedded"), tmp_path / "model")
+    change(tmp_path / "model")
+    word = f"model={tmp_path / 'model'}"
+    assert said in fails(vrrl.main, words_of(tmp_path / "run", word, "mode=eval"))
+
+def more_words(folder):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"word{n}" for n in range(99)])
+    tokenizer.save_pretrained(folder)
+
+@pytest.mark.parametrize("text", ["find <|im_end|>", "<|image_pad|>", "find \ue000"])
+def test_texts_with_tokens_of_the_models_own_are_refused_where_they_stand(fails, tmp_path, text):
+    line = fails(lambda words: own(tmp_path, {"question": text}))
+    assert "my.jsonl:2" in line and "means something else" in line
+    for key in ("points.reply", "nav.question", "policy.system"):
+        line = fails(vrrl.main, words_of(tmp_path / key, f"{key}={text}", "mode=eval"))
+        assert f"{key} holds" in line
+
 def test_what_cannot_be_written_said_or_kept_is_one_clear_line(fails, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for folder, word, line in (("file/run", "seed=0", str(tmp_path)), ("a", "seed=0", "in use"),
@@ -1018,7 +1088,8 @@ def test_what_cannot_be_written_said_or_kept_is_one_clear_line(fails, tmp_path):
                                ("c", "points.reply=lookout", "lookout")):  # no word of the model's
         with data_prep.lock(tmp_path / "a"):
             assert line in fails(vrrl.main, words_of(tmp_path / folder, word))
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError()):
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError(
+            "DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes")):
         assert "policy.rows" in fails(lambda words: (_ for _ in ()).throw(error))
 
 GOOD = {"image": "picture1.png", "question": "find the red", "box": [1, 2, 13, 14]}
@@ -1046,11 +1117,11 @@ def test_a_bad_line_of_ones_own_data_is_named_by_file_and_line(fails, tmp_path, 
     assert f"{tmp_path / 'my.jsonl'}:2:" in said and reason in said
 
 def test_ones_own_data_is_divided_by_image_and_goes_through_a_run(tmp_path):
-    task, run = own(tmp_path, {"question": "the other", "box": [0, 0, 9, 9]}), tmp_path / "run"
+    task, run = own(tmp_path, {"question": "the page", "box": [0, 0, 9, 9]}), tmp_path / "run"
     parts = [{e["image"] for e in task.examples(part)} for part in ("train", "dev_id", "test_id")]
     assert len(set.union(*parts)) == 24 == sum(map(len, parts)) and len(parts[0]) > 12
     vrrl.main(words_of(run, "task=points", f"data={tmp_path / 'my.jsonl'}", "rl.steps=0",
-                       "points.question=find"))
+                       "points.question={question} the"))
     assert (run / "episodes.png").is_file()
 
 def test_ones_own_data_that_cannot_be_used_is_one_clear_line(fails, tmp_path):

@@ -109,11 +109,13 @@ def flatten(values, before=""):
 
 def check_value(key, value, default, allowed):
     """`value` (a word, or what YAML made of it) in the type of `default`. UserError if not allowed.
-    allowed: a range `0..1`, words `a|b|c`, `yes|no`, or `text`."""
+    allowed: a range `0..1`, words `a|b|c`, `yes|no`, `text`, or `text X`: one that holds X."""
     text, kind = str(value), type(default)
     if kind is bool and text.lower() in ("yes", "true", "no", "false"):
         return text.lower() in ("yes", "true")
-    if kind is str and (allowed == "text" or text in allowed.split("|")):
+    if kind is str and allowed[:4] == "text" and allowed[5:] in text:
+        return text
+    if kind is str and text in allowed.split("|"):
         return text
     if kind in (int, float):
         low, high = map(float, allowed.split(".."))
@@ -148,6 +150,8 @@ class Task:
     def __init__(self, cfg, plan, make):
         """Make the data, once. plan: {split: [arguments, ...]} with the splits train, dev_<name>
         and test_<name>; `make(rng, *arguments)` gives the (record, image) of each item."""
+        if Path(cfg.data).is_file():
+            raise UserError(f"data={cfg.data} is a file: it needs task=points")
         name = f"{cfg.task}-{data_prep.digest_of([plan, data_prep.digest(HERE / 'data_prep.py')])}"
         self.cfg, self.folder = cfg, Path(cfg.data) / name
         data_prep.make_folder(self.folder, cfg.task, plan, make)
@@ -205,7 +209,8 @@ class Points(Task):
 
     def __init__(self, cfg):
         self.cfg, self.folder = cfg, Path(cfg.data).parent
-        self.own = data_prep.own_examples(cfg.data)
+        tokenizer = load_tokenizer(source_of(cfg.model))
+        self.own = data_prep.own_examples(cfg.data, functools.partial(check_text, tokenizer))
 
     def examples(self, split):
         return self.own[split]
@@ -477,6 +482,7 @@ class Episode:
 
 
 # ==================== 4. Policy ===================================================================
+MARK = "\ue000"  # stands for the policy's words in a chat template; a character that no text has
 # What the library calls the cache of keys and values changed with version 5.24.
 NEW_NAME = "cache" in inspect.signature(Qwen3VLTextModel.forward).parameters
 CACHE = "cache" if NEW_NAME else "past_key_values"
@@ -499,6 +505,45 @@ class Context:
         self.valid, self.position, self.last = (
             t.index_select(0, rows) for t in (self.valid, self.position, self.last))
 
+class LoRA(torch.nn.Module):
+    """A linear map W x + B A x; A (rank, in) and B (out, rank) alone are trained, which fits small
+    cards (Hu et al., arXiv 2106.09685). B is 0 at first: with LoRA.off() it is the SFT model."""
+    on = True
+
+    def __init__(self, linear, rank):
+        super().__init__()
+        self.linear, like = linear, linear.weight
+        self.a = torch.nn.Parameter(torch.randn_like(like[:rank]) / like.shape[1] ** 0.5)
+        self.b = torch.nn.Parameter(torch.zeros_like(like[:, :1]).repeat(1, rank))
+
+    def forward(self, x):
+        return self.linear(x) + (x @ self.a.T) @ self.b.T if LoRA.on else self.linear(x)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def off():
+        LoRA.on = False
+        yield
+        LoRA.on = True
+
+    @staticmethod
+    def add(model, rank):
+        torch.manual_seed(0)  # the same in all workers
+        model.requires_grad_(False)
+        for parent in [*model.model.language_model.layers.modules()]:
+            for name, child in parent.named_children():
+                if isinstance(child, torch.nn.Linear):
+                    setattr(parent, name, LoRA(child, rank))
+
+    @staticmethod
+    def merged(model):
+        """The weights of a model without adapters that says the same."""
+        state = {n: t for n, t in model.state_dict().items() if not n.endswith((".a", ".b"))}
+        for name, module in model.named_modules():
+            if isinstance(module, LoRA):
+                state[f"{name}.linear.weight"] = module.linear.weight + module.b @ module.a
+        return {name.replace(".linear.", "."): t.detach() for name, t in state.items()}
+
 class Policy:
     """A Qwen2.5-VL or Qwen3-VL model with its tokenizer and image processor. `extend` reads more
     of some conversations; `sample` and `log_probs` are built on it."""
@@ -506,8 +551,13 @@ class Policy:
         self.model, self.tokenizer, self.processor, self.cfg = model, tokenizer, processor, cfg
         self.device, self.image_id = next(model.parameters()).device, model.config.image_token_id
         self.prompt = functools.cache(self.prompt)
+        check_text(tokenizer, "policy.system", cfg.policy.system)
+        for section in ("points", "nav"):
+            for key in ("question", "reply"):
+                check_text(tokenizer, f"{section}.{key}", getattr(getattr(cfg, section), key))
         self.end_id = self.prompt("", "")[1]
-        model.model.visual.requires_grad_(not cfg.policy.freeze_vision)
+        self.frozen_vision = cfg.policy.freeze_vision or cfg.policy.lora > 0
+        model.model.visual.requires_grad_(not self.frozen_vision)
         # Only plain tokens and the end of a turn can be sampled. A sampled image placeholder would
         # shift the positions of all that follows; ids beyond the tokenizer's have no text.
         vocabulary = model.get_output_embeddings().weight.shape[0]
@@ -526,14 +576,18 @@ class Policy:
     def prompt(self, question, reply):
         """What the chat template writes around the policy's turns, as ids, an image being one
         placeholder: (up to its first word, the token that ends a turn, from there to the next)."""
-        mark, system = "\ue000", self.cfg.policy.system  # a private-use character: in no text
-        picture, says = {"type": "image"}, {"type": "text", "text": mark}
+        system, picture, says = self.cfg.policy.system, {"type": "image"}, {"type": "text"}
         talk = [{"role": "system", "content": [says | {"text": system}]}] if system else []
         talk += [{"role": "user", "content": [says | {"text": question}, picture]},
-                 {"role": "assistant", "content": [says]},
+                 {"role": "assistant", "content": [says | {"text": MARK}]},
                  {"role": "user", "content": [picture, says | {"text": reply}]}]
-        text = self.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=True)
-        head, rest = (self.tokenizer.encode(t, add_special_tokens=False) for t in text.split(mark))
+        whole, alone = (self.tokenizer.apply_chat_template(
+            part, tokenize=False, add_generation_prompt=True) for part in (talk, talk[:-2]))
+        head, rest = whole.split(MARK)
+        if head != alone:
+            raise UserError(f"model={self.cfg.model}: its chat template opens a reply otherwise "
+                            "than it writes one down, as those of thinking models do")
+        head, rest = (self.tokenizer.encode(t, add_special_tokens=False) for t in (head, rest))
         return head, rest[0], rest[1:]
 
     def place(self, ids, picture):
@@ -554,14 +608,14 @@ class Policy:
             x = x.expand(-1, -1, self.processor.temporal_patch_size, -1).flatten(1)  # is two frames
             grids = torch.tensor([(1, *p.grid) for p in part], device=self.device)
             grids[:, 1:] *= self.processor.merge_size
-            frozen, counts = self.cfg.policy.freeze_vision, [math.prod(p.grid) for p in part]
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            counts = [math.prod(p.grid) for p in part]
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_vision):
                 out = self.model.model.get_image_features(x, grids, return_dict=True)
             deep = [d.split(counts) if torch.is_tensor(d) else d
                     for d in getattr(out, "deepstack_features", None) or ()]
             for i, p in enumerate(part):
                 found[id(p)] = out.pooler_output[i], [d[i] for d in deep]
-                p.features = found[id(p)] if frozen else None
+                p.features = found[id(p)] if self.frozen_vision else None
         return [found[id(p)] for p in pictures]
 
     def pad(self, rows):
@@ -634,7 +688,7 @@ class Policy:
             if luck is None:
                 token = logp.argmax(-1)
             else:  # the first token at which the summed probability passes the number
-                total = logp.double().exp().cumsum(-1)
+                total = logp.to(luck.dtype).exp().cumsum(-1)
                 token = torch.searchsorted(total, luck[:, step, None] * total[:, -1:], right=True)
                 token = token[:, 0].clamp(max=logp.shape[-1] - 1)
             token = torch.where(first[:, step] >= 0, first[:, step], token)
@@ -686,8 +740,9 @@ class Policy:
         """Write a Hugging Face folder, whole or not at all. UserError if that fails."""
         folder, temporary = Path(folder), Path(f"{folder}.tmp")
         try:
-            for part in (self.model, self.tokenizer, self.processor):
-                part.save_pretrained(temporary)
+            self.model.save_pretrained(temporary, state_dict=LoRA.merged(self.model))
+            self.tokenizer.save_pretrained(temporary)
+            self.processor.save_pretrained(temporary)
         except Exception as error:  # the libraries raise many kinds where a disk is full
             shutil.rmtree(temporary, ignore_errors=True)
             raise UserError(f"{folder} cannot be written: {error}") from None
@@ -697,6 +752,10 @@ class Policy:
 def source_of(name):
     """What `model=` names: a folder, as it stands or beside this file, or a hub name."""
     folder = Path(name) if Path(name).is_dir() else HERE / name
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"model={name} holds adapters alone: merge them into their base first")
+    if (folder / "model" / "config.json").is_file():
+        raise UserError(f"model={name} is the folder of a run: its model is model={name}/model")
     if (folder / "config.json").is_file():
         return str(folder)
     if folder.exists() or not re.fullmatch(r"(?!assets/|runs/)[\w-][\w.-]*/[\w.-]+", name):
@@ -708,6 +767,21 @@ def load_processor(source):
     """The image processor, in the class that needs no torchvision; both families share it."""
     return qwen_images.Qwen2VLImageProcessorPil.from_pretrained(source)
 
+@functools.lru_cache
+def load_tokenizer(source):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    if "image" not in str(tokenizer.chat_template):  # some releases keep it for the processor
+        file = transformers.utils.cached_file(source, "chat_template.json")
+        tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
+    return tokenizer
+
+def check_text(tokenizer, name, text):
+    """UserError if a text holds what the tokenizer would take for a special token."""
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in [*special, MARK]:
+        if token in text:
+            raise UserError(f"{name} holds {token!r}, which means something else to the model")
+
 def device_of(cfg):
     if cfg.device in ("cuda", "mps") and not getattr(torch, cfg.device).is_available():
         raise UserError(f"device={cfg.device}: torch sees none; use device=cpu")
@@ -715,26 +789,42 @@ def device_of(cfg):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu" if cfg.device == "auto" else cfg.device)
 
+def faults(model, tokenizer, processor, missing):
+    """What would make the model's parts give nonsense together, in words."""
+    vision, rows = model.config.vision_config, model.get_input_embeddings().weight.shape[0]
+    sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    other = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
+    if missing:  # the library would make them up
+        yield f"its files lack {len(missing)} tensors, such as {missing[0]}"
+    if sizes != other:
+        yield f"patch, merge and frames are {sizes} in the model, {other} in its image processor"
+    if len(tokenizer) > rows:
+        yield f"its tokenizer has {len(tokenizer)} words, its embedding {rows}"
+    for key, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            yield f"its weight {key} is not finite"
+
 def load_policy(name, cfg):
     """A Policy from a Hugging Face folder or hub name, on cfg.device. UserError if it has none."""
     source, device, dtype = source_of(name), device_of(cfg), cfg.policy.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
     try:
+        kind = transformers.AutoConfig.from_pretrained(source).model_type
+        if kind not in ("qwen3_vl", "qwen2_5_vl"):
+            raise ValueError(f"it is a {kind}, and this program knows qwen3_vl and qwen2_5_vl")
         model, about = transformers.AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        if "image" not in str(tokenizer.chat_template):  # some releases keep it for the processor
-            file = transformers.utils.cached_file(source, "chat_template.json")
-            tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
-        processor = load_processor(source)
+        tokenizer, processor = load_tokenizer(source), load_processor(source)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # half a download, another architecture: many kinds
         line = (str(error) or repr(error)).splitlines()[0]
         raise UserError(f"model={name} cannot be loaded: {line}") from None
-    if lost := sorted(about["missing_keys"]):  # the library would make them up
-        raise UserError(f"model={name}: its files lack {len(lost)} tensors, such as {lost[0]}")
+    for fault in faults(model, tokenizer, processor, sorted(about["missing_keys"])):
+        raise UserError(f"model={name}: {fault}")
+    if cfg.policy.lora:
+        LoRA.add(model, cfg.policy.lora)
     if sum(p.numel() for p in model.parameters()) > 100_000_000:
         for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
             layer.forward = functools.partial(checkpointed, layer, layer.forward)
@@ -856,7 +946,8 @@ def uniforms(policy, names, samples, turns):
         seed = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
         generator = torch.Generator().manual_seed(seed)
         found.append(torch.rand(size, generator=generator, dtype=torch.float64))
-    return torch.cat(found).to(policy.device)
+    found = torch.cat(found)  # in double precision, which Apple's GPUs lack
+    return (found.float() if policy.device.type == "mps" else found).to(policy.device)
 
 
 # ==================== 6. Reward ===================================================================
@@ -1085,7 +1176,8 @@ def micro_batches(episodes, size):
 # ==================== 10. RL ======================================================================
 def rl(policy, task, cfg, run, reference=None):
     """The algorithm at the head of this file, from the SFT model `policy`. reference: a frozen copy
-    of it, for the KL term. All that is random in a step hangs on the seed and its number."""
+    of it, for the KL term; with LoRA `policy` itself. All that is random in a step hangs on the
+    seed and its number."""
     questions, group = task.examples("train"), cfg.rl.samples
     optimizer, buffer = AdamW(policy), Buffer(cfg.buffer, questions)
     rollouts = cfg.rl.questions * group
@@ -1121,7 +1213,7 @@ def rl(policy, task, cfg, run, reference=None):
         kept, seen = [e for e in episodes if abs(e.advantage) > 1e-6], Counter()
         for part in micro_batches(kept, cfg.policy.micro):
             logps, entropies = policy.log_probs(part)
-            with torch.no_grad():
+            with torch.no_grad(), LoRA.off():
                 references = reference.log_probs(part)[0] if reference else None
             weights = [torch.tensor(e.weights, device=policy.device) for e in part]
             loss = policy_loss(logps, [e.advantage for e in part], weights, rollouts,
@@ -1412,7 +1504,10 @@ class Run:
 
 def fingerprint(cfg):
     """What a result hangs on beside the settings: the contents of program, model and data."""
-    model = sorted(file for file in Path(source_of(cfg.model)).glob("*") if file.is_file())
+    folder = Path(source_of(cfg.model))
+    if not folder.is_dir():
+        folder = Path(transformers.utils.cached_file(str(folder), "config.json")).parent
+    model = sorted(file for file in folder.glob("*") if file.is_file())
     found = {"program": data_prep.digest(HERE / "vrrl.py", HERE / "data_prep.py"),
              "model_files": data_prep.digest(*model), "workers": workers()}
     return found | ({"data_file": data_prep.digest(cfg.data)} if Path(cfg.data).is_file() else {})
@@ -1433,7 +1528,7 @@ def sft_model(words, task, parent):
     return load_policy(run.folder / "model", cfg), run.folder
 
 def weight_sum(policy):
-    return sum(p.double().sum().item() for p in policy.model.parameters())
+    return sum(p.detach().cpu().double().sum().item() for p in policy.model.parameters())
 
 def train(cfg, flat, words, folder):
     """SFT, RL, evaluation. The method's row decides which of them does anything."""
@@ -1448,12 +1543,12 @@ def train(cfg, flat, words, folder):
         if worker() == 0:
             write_file(file, json.dumps([rows, fixed]))
         gather()
-    rows, fixed = json.loads(file.read_text())
+    rows, fixed = data_prep.read_json(file)
     policy, sft_folder = sft_model(words, task, folder.parent)
     if cfg.rl.steps:
         before, reference = weight_sum(policy), None
         if cfg.rl.kl:
-            reference = load_policy(sft_folder / "model", cfg)
+            reference = policy if cfg.policy.lora else load_policy(sft_folder / "model", cfg)
         rl(policy, task, cfg, run, reference)
         if weight_sum(policy) == before:
             raise UserError("RL changed no weight: all rollouts of a start had equal rewards in "
@@ -1461,7 +1556,8 @@ def train(cfg, flat, words, folder):
     own, _, played = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}")
     if worker() == 0:
         policy.save(folder / "model")
-        report(run, task, {"sft": rows, cfg.method: own}, played, sft_folder)
+        name = cfg.method + " + RL" * (cfg.method == "sft" and cfg.rl.steps > 0)
+        report(run, task, {"sft": rows, name: own}, played, sft_folder)
 
 def report(run, task, models, played, *folders):
     """What people look at: report.md, curves.png, episodes.png; results.json ends the run."""
@@ -1520,14 +1616,18 @@ def run_main(function, words):
         message, code = "stopped; the same command goes on from the last checkpoint", 130
     except UserError as error:
         message = f"error: {error}"
-    except (torch.OutOfMemoryError, MemoryError):
-        message = "error: out of memory: lower policy.rows, policy.micro or policy.max_new"
+    except BrokenPipeError:  # as in `python vrrl.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(0) from None
     except (OSError, safetensors.SafetensorError) as error:  # not allowed, or a full disk
         message = f"error: {error}: the same command goes on from the last checkpoint"
-    except RuntimeError as error:
-        if "gloo" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if "gloo" in str(error):
+            message, code = "error: another worker has ended", 1
+        elif "memory" in f"{error!r}".lower():  # torch has a class of its own for GPUs alone
+            message = "error: out of memory: lower policy.rows, policy.micro or policy.max_new"
+        else:
             raise
-        message, code = "error: another worker has ended", 1
     if worker() > 0:  # worker 0 may say the same, and then it ends this process
         time.sleep(3)
     print(message, file=sys.stderr)

@@ -1,0 +1,50 @@
+"""Paints assets/loss.png: which turns of three training episodes enter the loss.
+
+    python assets/draw_loss.py runs/grounding-vrrl-seed0/model
+
+The episodes are sampled on training questions, by the model of this folder: one from a question,
+with two values of k, and one that goes on from a stored state.
+"""
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import data_prep
+import vrrl
+
+
+def row(task, episode, k, label):
+    """A turn stands below the picture that it answers. Green: it is in the loss."""
+    turns = episode.all_turns
+    shown = [task.feedback(episode.example, answer) for answer in episode.answers]
+    first = len(episode.given) + k  # number of the first turn in the loss, from 1
+    return {"label": label, "images": [task.image(episode.example), *shown][: len(turns)],
+            "captions": [turn.text for turn in turns],
+            "verdicts": ["right" if n >= first else "" for n in range(1, len(turns) + 1)]}
+
+
+def corrected(episodes, wrong):
+    """The first episode whose only wrong answers are its first `wrong` ones."""
+    return next(e for e in episodes if vrrl.well_formed(task, e.all_turns) and
+                [task.exact(e.example, a) for a in e.answers] == [False] * wrong + [True])
+
+
+if __name__ == "__main__":
+    cfg, _ = vrrl.read_config(["policy.temperature=1"])
+    task = vrrl.TASKS[cfg.task](cfg)
+    policy = vrrl.load_policy(sys.argv[1], cfg)
+    starts = [vrrl.begin(policy, task, e, n) for n, e in enumerate(task.examples("train")[:150])]
+    luck = vrrl.uniforms(policy, [str(start.start) for start in starts], 4, 4)
+    fresh = vrrl.play(policy, task, starts, 4, 4, luck)
+    buffer = vrrl.Buffer(cfg.buffer, task.examples("train"))
+    for state in filter(None, (buffer.state_of(task, e) for e in reversed(fresh))):
+        buffer.add(state)
+    starts = [buffer.start(policy, task, state, n) for n, state in enumerate(buffer.wrong)]
+    rolled = vrrl.play(policy, task, starts, 4, 4, luck[: 4 * len(starts)])
+    one, other = corrected(fresh, 1), corrected(rolled, 1)
+    rows = [row(task, one, 1, "from a question, k = 1: every turn is in the loss"),
+            row(task, one, 2, "the same episode with k = 2: prefix masking leaves out turn 1"),
+            row(task, other, 1, "a roll-in: it goes on from a stored wrong state, which is given")]
+    data_prep.film_strip(HERE / "loss.png", rows,
+                         "Green: in the loss", most=3)
