@@ -598,7 +598,7 @@ def load_image(path):
         # Opened by its name, a turned TIFF is mapped into memory, and Pillow garbles it.
         with open(path, "rb") as file, Image.open(file) as image:
             if max(image.size) > min(4096, 200 * min(image.size)):  # models refuse longer ones
-                raise ValueError(f"{image.width} x {image.height} pixels; the most are 4096 and 200:1")
+                raise ValueError(f"{image.width} x {image.height} pixels: at most 4096 and 200:1")
             tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 bits, 262 whether 0 is black
             grey = image.mode[:4], tags.get(258, (16,)), tags.get(262, 1)
             known = grey == ("I;16", (16,), 1) or (image.mode, image.format) == ("I", "PPM")
