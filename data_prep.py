@@ -764,7 +764,9 @@ def make_official(data, maps, evals, cell):
     plan = {split: plan[split] for split in plan if plan[split]}
     for split in plan:
         random.Random(split).shuffle(plan[split])  # an evaluation takes the first: mix the sizes
-    folder = Path(data) / f"official-{hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:8]}"
+    pictures = digest(*(picture for split in plan for _, picture, _ in plan[split] if picture))
+    name = hashlib.sha256((json.dumps(plan) + pictures).encode()).hexdigest()[:8]
+    folder = Path(data) / f"official-{name}"
     drawn = {split: sum(not picture for _, picture, _ in plan[split]) for split in plan}
     make_folder(folder, "navigation", plan, _official_map, lambda record, image: (image, ""),
                 splits=[split[5:] for split in plan if split != "train"], drawn_here=drawn)
@@ -782,20 +784,18 @@ def _read_official(file, training):
             check_layout(layout)
             if [*map("".join(layout).index, "SG")] != [about["start_pos"], about["target_pos"]]:
                 raise UserError("start_pos or target_pos is not where the layout has S or G")
-            picture = find_file(folder, entry.get("input_image" if training else "input_map", ""))
-            found.append((layout, str(picture or "")))
+            name = entry.get("input_image" if training else "input_map", "")
+            found.append((layout, str(find_file(folder, name) or "")))
     except Exception as error:  # it can be wrong in many ways
-        raise UserError(f"{file}: not the authors' map {len(found) + 1} ({error!r})") from None
+        raise UserError(f"{file}: not the authors' map {len(found) + 1} ({error!r:.200})") from None
     return found
 
 
 def _official_map(rng, layout, picture, cell):
     """(record, image) of one of the authors' maps, for make_folder."""
-    record = {"layout": layout, "look": "official"}
-    if not picture:
-        return record | {"drawn": "here"}, draw_grid(layout, "official", cell)
-    image = load_image(picture)
-    return record | {"box": ImageOps.invert(image).getbbox()}, image  # without its white margin
+    image = load_image(picture) if picture else draw_grid(layout, "official", cell)
+    more = {"box": ImageOps.invert(image).getbbox()} if picture else {"drawn": "here"}
+    return {"layout": layout, "look": "official"} | more, image  # the box is what is not white
 
 
 # ==================== 4. Pictures for people ======================================================

@@ -1072,10 +1072,10 @@ ODD = r'''null true -1 1e999 NaN 0.5 [] {} , "" "x" "4" "id" "layout" "line-1" "
 ENDS, CODES = ["\n"] * 9 + ["\r\n", "\n \n", "\r"], ["utf-8"] * 9 + ["utf-8-sig", "utf-16", "cp500"]
 @pytest.mark.parametrize("name, count", [("points", 1000), ("grounding", 300), ("navigation", 300)])
 def test_a_fuzzed_file_of_examples_is_read_rightly_or_named_with_its_line(tmp_path, name, count):
-    task, rng, refused, file = own(tmp_path), random.Random(0), 0, tmp_path / "my.jsonl"
+    task, rng, refused, file = own(tmp_path, count=12), random.Random(0), 0, tmp_path / "my.jsonl"
     read = lambda: sum(vrrl.Points(task.cfg).own.values(), [])
     if name != "points":
-        task = vrrl.TASKS[name](settings(f"task={name}", f"data={tmp_path}", "make.train=24"))
+        task = vrrl.TASKS[name](settings(f"task={name}", f"data={tmp_path}", "make.train=12"))
         file, read = task.folder / "train.jsonl", lambda: task.examples("train")
     (task.folder / "cut.png").write_bytes((tmp_path / "picture1.png").read_bytes()[:-20])
     (task.folder / "zero.png").touch()
@@ -1083,7 +1083,7 @@ def test_a_fuzzed_file_of_examples_is_read_rightly_or_named_with_its_line(tmp_pa
     pick = lambda rows: sorted(json.dumps([e["image"], e.get("question"), e.get("box")],
                                           ensure_ascii=False).encode() for e in rows)
     for _, whole in itertools.product(range(count), [file.read_text()]):
-        lines, at = whole.splitlines(), rng.randrange(24)
+        lines, at = whole.splitlines(), rng.randrange(12)
         odd = lambda part: rng.choice(ODD) if rng.random() < 0.02 else part[0]
         lines[at] = re.sub(r'"[^"]*"|[-.\d]+|.', odd, lines[at])
         raw = bytearray(rng.choice(ENDS).join(lines), rng.choice(CODES))
@@ -1093,7 +1093,6 @@ def test_a_fuzzed_file_of_examples_is_read_rightly_or_named_with_its_line(tmp_pa
             found = read()
         except vrrl.UserError as error:
             assert re.fullmatch(rf"{file}(:\d+: .+|: too few .+)", str(error))
-            assert ("out.png" in str(error)) == ("through a link" in str(error))
             refused += 1
             continue
         rows = (json.loads(x.decode("utf-8-sig")) for x in raw.split(b"\n") if x.strip())
@@ -1105,15 +1104,14 @@ def test_a_fuzzed_file_of_examples_is_read_rightly_or_named_with_its_line(tmp_pa
             task.feedback(found[at], task.wrong(found[at], rng))
     assert 0.1 < refused / count < 0.9
 
-def test_an_image_that_is_broken_huge_or_unclear_is_refused_by_name(tmp_path):
+def test_an_image_that_is_huge_or_unclear_is_refused_by_name(tmp_path):
     for name, mode, form in ("key", "I;16", "PNG"), ("deep", "I", "TIFF"), ("float", "F", "TIFF"):
         Image.new(mode, (2, 2)).save(tmp_path / f"{name}.png", form, transparency=0)
     Image.new("I;16", (2, 2)).save(tmp_path / "negative.png", "TIFF")
     tiff, tag = (tmp_path / "negative.png").read_bytes(), b"\6\1\3\0\1\0\0\0"  # which end is white
     (tmp_path / "negative.png").write_bytes(tiff.replace(tag + b"\1", tag + b"\0"))
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
     Image.new("1", (4097, 30)).save(tmp_path / "huge.png")
-    for name in ("key", "deep", "float", "negative", "broken", "huge", "none"):
+    for name in ("key", "deep", "float", "negative", "huge", "none"):
         with pytest.raises(vrrl.UserError, match=f"{name}.png: not a usable image"):
             data_prep.load_image(tmp_path / f"{name}.png")
 
@@ -1148,7 +1146,7 @@ def test_the_authors_maps_and_pictures_become_a_data_folder(tmp_path, capsys):
     def official(*entries):
         (tmp_path / "x.json").write_text(json.dumps(entries), encoding="utf-8-sig")
         data_prep.main(["official", f"data={tmp_path / 'data'}", f"eval={tmp_path / 'x.json'}"])
-        return next((tmp_path / "data").glob("official-*"))
+        return max((tmp_path / "data").glob("official-*"), key=os.path.getmtime)
     entry = lambda picture, *layout, start=0: {"input_map": picture, "id": picture, "metadata": {
         "layout": layout, "start_pos": start, "target_pos": len("".join(layout)) - 1}}
     (tmp_path / "link.png").symlink_to("/etc/passwd")
@@ -1160,9 +1158,11 @@ def test_the_authors_maps_and_pictures_become_a_data_folder(tmp_path, capsys):
             official(*wrong)
         assert re.fullmatch(rf"error: .*x\.json.*{said}.*\n", capsys.readouterr().err)
     image = Image.new("RGB", (48, 44), "white")  # with a margin, as theirs
-    image.paste((9, 9, 9), (4, 2, 44, 42))
-    image.save(tmp_path / "a.png")
-    folder = official(entry("a.png", "SF", "HG"), entry("no", "SFFFFF", *["FFFFFF"] * 4, "FFFFFG"))
+    for colour in ((0, 0, 0), (9, 9, 9)):
+        image.paste(colour, (4, 2, 44, 42))
+        image.save(tmp_path / "a.png")
+        folder = official(entry("a.png", "SF", "HG"), entry("", "SF", *["FF"] * 4, "FG"))
+    assert len([*folder.parent.glob("official-*")]) == 2  # one for each of the two pictures
     task = vrrl.Navigation(settings("task=navigation", f"data={folder}"))
     (one,), (two,) = map(task.examples, ("test_id", "test_size"))
     assert one["layout"] == ["SF", "HG"] and one["box"] == [4, 2, 44, 42] and two["drawn"] == "here"
