@@ -1031,7 +1031,7 @@ def own(folder, *lines, count=24, size=(40, 30), box=(4, 5, 21, 25.5)):
             Image.new("RGB", size, (n, 0, 0)).save(folder / f"picture{n}.{kind}")
     good = [json.dumps({**GOOD, "image": f"picture{n}.png", "box": box}) for n in range(count)]
     lines = [line if isinstance(line, str) else json.dumps({**GOOD, **line}) for line in lines]
-    (folder / "my.jsonl").write_text("\n".join([good[0], *lines, *good[1:]]) + "\n")
+    (folder / "my.jsonl").write_text("\n".join([good[0], *lines, *good[1:]]), "utf-8-sig")
     return vrrl.Points(settings("task=points", f"data={folder / 'my.jsonl'}"))
 
 @pytest.mark.parametrize("line, reason", [
@@ -1039,7 +1039,7 @@ def own(folder, *lines, count=24, size=(40, 30), box=(4, 5, 21, 25.5)):
     ({"image": "/etc/passwd"}, "/etc/passwd"), ({"image": "../x.png"}, "../x.png"),
     ({"image": "my.jsonl"}, "not a usable image"), ({"image": 3}, '"image"'), ({"id": 5}, '"id"'),
     ({"id": "line-1"}, "twice"), ({"question": " "}, '"question"'), ({"box": None}, '"box"'),
-    ({"box": [1, 2, 3, True]}, '"box"'), ({"box": [1, 2, 3]}, '"box"'),
+    ({"box": [1, 2, 3, True]}, '"box"'), ({"layout": [], "question": None}, '"question"'),
     ({"box": [5, 2, 5, 9]}, "empty"), ({"box": [0, 0, 1, 0.5]}, "normalised"),
     ({"box": [-1, 2, 8, 9]}, "leaves its image of 40 x 30"), ({"box": [1, 2, 8, 31]}, "40 x 30")])
 def test_a_bad_line_of_ones_own_data_is_named_by_file_and_line(fails, tmp_path, line, reason):
@@ -1082,7 +1082,7 @@ def test_a_fuzzed_file_of_examples_is_read_rightly_or_named_with_its_line(tmp_pa
     (task.folder / "out.png").symlink_to("/etc/passwd")
     pick = lambda rows: sorted(json.dumps([e["image"], e.get("question"), e.get("box")],
                                           ensure_ascii=False).encode() for e in rows)
-    for _, whole in itertools.product(range(count), [file.read_text()]):
+    for _, whole in itertools.product(range(count), [file.read_text("utf-8-sig")]):
         lines, at = whole.splitlines(), rng.randrange(12)
         odd = lambda part: rng.choice(ODD) if rng.random() < 0.02 else part[0]
         lines[at] = re.sub(r'"[^"]*"|[-.\d]+|.', odd, lines[at])
@@ -1097,11 +1097,11 @@ def test_a_fuzzed_file_of_examples_is_read_rightly_or_named_with_its_line(tmp_pa
             continue
         rows = (json.loads(x.decode("utf-8-sig")) for x in raw.split(b"\n") if x.strip())
         assert pick(found) == pick(rows)
-        for e in found:
+        for e in [*found, *found[at : at + 1]]:
             (x0, y0, x1, y1), (width, height) = e.get("box", (0, 0, 2, 2)), e["size"]
-            assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height and max(x1, y1) > 1
-        with contextlib.suppress(vrrl.UserError, IndexError):  # a picture that changed, a tiny box
-            task.feedback(found[at], task.wrong(found[at], rng))
+            assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height and task.question(e)
+        with contextlib.suppress(vrrl.UserError):  # a picture that changed, a tiny box
+            task.feedback(e, task.wrong(e, rng)), task.exact(e, task.wrong(e, rng))
     assert 0.1 < refused / count < 0.9
 
 def test_an_image_that_is_huge_or_unclear_is_refused_by_name(tmp_path):
