@@ -4,7 +4,6 @@
 open: x0 <= x < x1.
 """
 import contextlib
-import fcntl
 import functools
 import hashlib
 import json
@@ -18,8 +17,13 @@ from collections import Counter, namedtuple
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:
+    raise SystemExit("error: VRRL runs on Linux and macOS; on Windows inside WSL") from None
 
 font = functools.lru_cache(ImageFont.load_default)  # of a size in pixels; the same everywhere
 
@@ -425,8 +429,7 @@ def _text_table(rng, size, colours, inner=False):
     boxes = {}
     for cell, text in cells.items():
         boxes[cell] = (xs[cell[0]] + rule, ys[cell[1]] + rule, xs[cell[2]], ys[cell[3]])
-        header = cell[0] < left or cell[1] < top
-        _block(draw, boxes[cell], colours["head" if header else "page"])
+        _block(draw, boxes[cell], colours["head" if cell[0] < left or cell[1] < top else "page"])
         _write(draw, boxes[cell], text, letters, colours["ink"])
     return f"Point at the {asked}.", boxes[target], image
 
@@ -488,8 +491,7 @@ def _scatter(rng, size, colours, text=False):
     """(question, box, image) of dots between two axes; those of `text` have names."""
     names = rng.sample(CITIES + GOODS, rng.randint(*size))
     radius = rng.randint(4, 8) if text else rng.randint(3, 4)
-    width = rng.randint(700, 1000) if text else CANVAS
-    height = rng.randint(600, 900) if text else CANVAS
+    width, height = (rng.randint(700, 1000), rng.randint(600, 900)) if text else (CANVAS, CANVAS)
     edge = rng.randint(20, 40) if text else rng.randint(2, 6)  # pixels outside of the axes
     reach = 0  # pixels that a name takes beside its dot, so that no other dot or name touches it
     if text:
@@ -526,11 +528,9 @@ def draw_crop(image, point, side, mark=True):
     crop.paste(image, (half - round(point[0]), half - round(point[1])))
     draw = ImageDraw.Draw(crop)
     radius = max(3, round(side / 24))
-    if mark and side < 100:
-        draw.circle((half, half), radius, outline=MARK, width=1 if side < 64 else 2)
-    elif mark:
-        draw.circle((half, half), radius + 2, outline="white", width=5)
-        draw.circle((half, half), radius + 1, outline="red", width=3)
+    rings = ((0, MARK, 1 if side < 64 else 2),) if side < 100 else ((2, "white", 5), (1, "red", 3))
+    for more, colour, width in rings if mark else ():
+        draw.circle((half, half), radius + more, outline=colour, width=width)
     return crop
 
 
@@ -580,18 +580,17 @@ def lock(folder, wait=False):
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         file.close()
-        raise UserError(f"{folder} is in use by another process: wait for it, "
-                        "or give run=ANOTHER_NAME") from None
+        raise UserError(f"{folder} is in use by another process: wait, or give run=NAME") from None
     return file
 
 
 def digest(*paths):
     """A name of 16 hex digits for the contents of files, in this order."""
-    sums = []
+    whole = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return hashlib.sha256(" ".join(sums).encode()).hexdigest()[:16]
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()[:16]
 
 
 def digest_of(values):
@@ -618,12 +617,21 @@ def read_lines(file):
 def load_image(path):
     """An image file as RGB, as a viewer shows it on a white page. UserError names the file."""
     try:
-        with Image.open(path) as image:
-            if max(image.size) > 4096 or image.mode[0] in "IF":  # before it is decoded
-                raise ValueError("needs 8-bit colours and sides of at most 4096 pixels")
-            image = ImageOps.exif_transpose(image).convert("RGBA")
+        # Opened by its name, a turned TIFF is mapped into memory, and Pillow garbles it.
+        with open(path, "rb") as file, Image.open(file) as image:
+            if max(image.size) > min(4096, 200 * min(image.size)):  # models refuse longer ones
+                raise ValueError(f"{image.width} x {image.height} pixels: at most 4096 and 200:1")
+            tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 bits, 262 whether 0 is black
+            grey = image.mode[:4], tags.get(258, (16,)), tags.get(262, 1)
+            known = grey == ("I;16", (16,), 1) or (image.mode, image.format) == ("I", "PPM")
+            keyed = image.format == "PNG" and image.mode != "P" and "transparency" in image.info
+            if image.mode[0] in "IF" and not known or keyed and image.tile[0].args != image.mode:
+                raise ValueError("unclear which value is white or transparent: save it in 8 bits")
+            image = ImageOps.exif_transpose(image)
+            if known:
+                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
             page = Image.new("RGBA", image.size, "white")
-            return Image.alpha_composite(page, image).convert("RGB")
+            return Image.alpha_composite(page, image.convert("RGBA")).convert("RGB")
     except Exception as error:  # decoders raise many kinds for broken files
         raise UserError(f"{path}: not a usable image ({' '.join(str(error).split())})") from None
 
@@ -631,15 +639,45 @@ def load_image(path):
 cached_image = functools.lru_cache(maxsize=256)(load_image)  # do not paint on what it returns
 
 
+def find_file(folder, name):
+    """The path of a file inside a resolved folder, or None. UserError if the name leads out."""
+    path = folder / name
+    there, inside = os.path.isfile(path), Path(os.path.normpath(path)).is_relative_to(folder)
+    if not (path.resolve().is_relative_to(folder) if there else inside):
+        raise UserError(f"{name!r} leads out of its folder" + " through a link" * inside)
+    return path if there else None
+
+
+def check_example(record):
+    """UserError unless a record has what its task needs, within the size of its image."""
+    if "layout" in record:  # a map has no question, and a box only where its picture has a margin
+        if record.get("look") not in (*LOOKS, *MIXES):
+            raise UserError('"look" is missing or no name of a look')
+        record = {"question": "the way", "within": 0, "box": [0, 0, 2, 2]} | record
+    if not isinstance(record.get("question"), str) or not record["question"].strip():
+        raise UserError('"question" is missing or not a text')
+    for key, count, least, form in (("size", 2, 1, "[width, height]"), ("within", 1, 0, "a number"),
+                                    ("box", 4, -9999, "[x0, y0, x1, y1]")):
+        values = [record.get(key)] if count == 1 else record.get(key)
+        if not isinstance(values, list) or [True] * count != [  # NaN is not in the range
+                type(value) in (int, float) and least <= value <= 9999 for value in values]:
+            raise UserError(f'"{key}" is missing or not {form} in pixels')
+    (x0, y0, x1, y1), (width, height) = record["box"], record["size"]
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise UserError(f"box {record['box']} is empty or leaves its image of {width} x {height}")
+    if max(x1, y1) <= 1:
+        raise UserError(f"box {record['box']} lies within 0..1 and looks normalised: give pixels")
+
+
 def read_examples(path, check=lambda record: None):
     """The examples of a JSONL file. One without "id" is called line-N; images are not opened.
 
-    UserError, "file:line: reason", for the first line that is not usable or fails check(record).
+    UserError, "file:line: reason", for the first unusable line. check(record) may add to it.
     """
     folder = Path(path).parent.resolve()
     records = {}
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-        if not line.strip():
+        if not line.strip(b" \t\r\xef\xbb\xbf"):
             continue
         try:
             record = {"id": f"line-{number}"} | json.loads(line.decode("utf-8-sig"))
@@ -652,10 +690,10 @@ def read_examples(path, check=lambda record: None):
                     raise UserError(f'"{key}" is missing or not a text')
             if record["id"] in records:
                 raise UserError(f"id {record['id']!r} is used twice")
-            image = folder / record["image"]
-            if not os.path.isfile(image) or not image.resolve().is_relative_to(folder):
+            if not find_file(folder, record["image"]):
                 raise UserError(f"image {record['image']!r} is no file in the folder of this file")
             check(record)
+            check_example(record)
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         records[record["id"]] = record
@@ -692,9 +730,8 @@ def _write_folder(folder, about, plan, make):
                 for _ in tries(f"new picture for {split} after {len(lines)}"):
                     record, image = make(rng, *arguments)
                     # A layout in another look is no new map: no test asks for what was taught.
-                    layout = "/".join(record.get("layout", []))
-                    known = hashlib.sha256(layout.encode() or image.tobytes()).digest()
-                    if known not in taken:
+                    shown = "/".join(record.get("layout", [])).encode() or image.tobytes()
+                    if (known := hashlib.sha256(shown).digest()) not in taken:
                         break
                 taken.add(known)
                 name = f"{split}-{len(lines):04d}"
@@ -720,28 +757,17 @@ def own_examples(file, check_text=lambda name, text: None):
     parts = {"train": [], "dev_id": [], "test_id": []}
 
     def sort(record):
-        path = Path(file).parent / record["image"]
-        width, height = cached_image(path).size
-        if max(width, height) >= 200 * min(width, height):
-            raise UserError(f"image of {width} x {height} pixels: no model takes so long a one")
-        question, box = record.get("question"), record.get("box")
-        if not isinstance(question, str) or not question.strip():
-            raise UserError('"question" is missing or not a text')
-        check_text("question", question)
-        if not isinstance(box, list) or [type(side) in (int, float) for side in box] != [True] * 4:
-            raise UserError('"box" is missing or not [x0, y0, x1, y1] in pixels')
-        if not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):  # nor NaN
-            raise UserError(f"box {box} is empty or leaves its image of {width} x {height} pixels")
-        tenth = int(digest(path), 16) % 10  # by content: a copy of an image stays in its part
-        part = {0: "dev_id", 1: "test_id"}.get(tenth, "train")
-        parts[part].append({"id": record["id"], "image": record["image"], "question": question,
-                            "box": box, "size": [width, height], "within": 0})
+        image = cached_image(Path(file).parent / record["image"])
+        known = {key: record.get(key) for key in ("id", "image", "question", "box")}
+        check_text("its question", str(known["question"]))
+        record.clear()
+        record |= known | {"size": [*image.size], "within": 0}
+        tenth = hashlib.sha256(image.tobytes()).digest()[0] % 10  # a copy stays in its part
+        parts[{0: "dev_id", 1: "test_id"}.get(tenth, "train")].append(record)
 
     read_examples(file, sort)
     if not all(parts.values()):
         raise UserError(f"{file}: too few images to divide them 8:1:1 by their contents; add some")
-    if all(max(record["box"]) <= 1 for records in parts.values() for record in records):
-        raise UserError(f"{file}: all boxes lie within 0..1 and look normalised; give pixels")
     return parts
 
 
@@ -752,14 +778,19 @@ def make_official(data, maps, evals, cell):
     where the file names it is used; another map is drawn, and its record says "drawn": "here".
     """
     plan = {"train": [], "test_id": [], "test_size": []}
-    for file in filter(None, [maps, *evals.split(",")]):
-        for layout, picture in _read_official(file, file == maps):
-            test = "test_id" if len(layout) <= 5 else "test_size"
-            plan["train" if file == maps else test].append((layout, picture, cell))
+    for number, file in enumerate([maps, *evals.split(",")]):
+        for layout, picture in _read_official(file, number == 0) if file else ():
+            split = "test_id" if len(layout) <= 5 else "test_size"
+            plan[split if number else "train"].append((layout, picture, cell))
+    times = Counter("/".join(layout) for split in plan for layout, _, _ in plan[split])
+    if {*times.values()} != {1}:
+        raise UserError(f"{maps} {evals}: no map, or one is there twice: {times.most_common(1)}")
     plan = {split: plan[split] for split in plan if plan[split]}
     for split in plan:
         random.Random(split).shuffle(plan[split])  # an evaluation takes the first: mix the sizes
-    folder = Path(data) / f"official-{hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:8]}"
+    pictures = digest(*(picture for split in plan for _, picture, _ in plan[split] if picture))
+    name = hashlib.sha256((json.dumps(plan) + pictures).encode()).hexdigest()[:8]
+    folder = Path(data) / f"official-{name}"
     drawn = {split: sum(not picture for _, picture, _ in plan[split]) for split in plan}
     make_folder(folder, "navigation", plan, _official_map,
                 splits=[split[5:] for split in plan if split != "train"], drawn_here=drawn)
@@ -771,28 +802,24 @@ def _read_official(file, training):
     folder = Path(file).resolve().parent
     found = []
     try:
-        for entry in json.loads(Path(file).read_text(encoding="utf-8")):
+        for entry in json.loads(Path(file).read_text(encoding="utf-8-sig")):
             about = entry if training else entry["metadata"]
             layout = ["".join(row) for row in about["layout"]]
             check_layout(layout)
-            picture = (folder / entry.get("input_image" if training else "input_map", "")).resolve()
-            if not picture.is_relative_to(folder):
-                raise UserError(f"its picture {picture.name} lies outside of the folder")
-            found.append((layout, str(picture) if picture.is_file() else ""))
+            if [*map("".join(layout).index, "SG")] != [about["start_pos"], about["target_pos"]]:
+                raise UserError("start_pos or target_pos is not where the layout has S or G")
+            name = entry.get("input_image" if training else "input_map", "")
+            found.append((layout, str(find_file(folder, name) or "")))
     except Exception as error:  # it can be wrong in many ways
-        raise UserError(f"{file}: not the authors' map {len(found) + 1} ({error!r})") from None
+        raise UserError(f"{file}: not the authors' map {len(found) + 1} ({error!r:.200})") from None
     return found
 
 
 def _official_map(rng, layout, picture, cell):
     """(record, image) of one of the authors' maps, for make_folder."""
-    record = {"layout": layout, "look": "official"}
-    if not picture:
-        image = draw_grid(layout, "official", cell)
-        return record | {"box": (0, 0, *image.size), "drawn": "here"}, image
-    image = load_image(picture)
-    page = Image.new("RGB", image.size, "white")  # their grid has a white margin
-    return record | {"box": ImageChops.difference(image, page).getbbox()}, image
+    image = load_image(picture) if picture else draw_grid(layout, "official", cell)
+    more = {"box": ImageOps.invert(image).getbbox()} if picture else {"drawn": "here"}
+    return {"layout": layout, "look": "official"} | more, image  # the box is what is not white
 
 
 # ==================== 4. Pictures for people ======================================================
@@ -908,17 +935,21 @@ def table(models):
 
 
 def main(words):
-    """Make a folder of the authors' data. A mistake is one line and exit code 2."""
+    """usage: python data_prep.py official maps=FILE eval=FILE[,FILE] [data=FOLDER] [cell=8..256]
+
+    Makes a data folder of the authors' maps. Where their picture is missing, a cell has 64 pixels.
+    """
     given = {"maps": "", "eval": "", "data": "data", "cell": "64"}
     given |= {word.partition("=")[0]: word.partition("=")[2] for word in words[1:]}
+    if {"-h", "--help", "help"} & set(words):
+        return print(main.__doc__)
     try:
         known = words[:1] == ["official"] and len(given) == 4 and (given["maps"] or given["eval"])
         if not known or given["cell"] not in map(str, range(8, 257)):
-            raise UserError("usage: python data_prep.py official maps=FILE eval=FILE[,FILE] "
-                            "[data=FOLDER] [cell=64], a cell's side from 8 to 256 pixels")
+            raise UserError(main.__doc__.splitlines()[0])
         folder = make_official(given["data"], given["maps"], given["eval"], int(given["cell"]))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        print(f"error: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(2)
     print(f"use it with data={folder}")
 

@@ -3,8 +3,8 @@
 The models are tiny ones with random weights (`policy_of`), or one of them after some SFT steps
 (`taught`), so that its conversations have several turns. VRRL_TEST_GPU=1 runs them on a GPU.
 """
-import ast, atexit, copy, dataclasses, functools, itertools, json, math, os, random, re, resource
-import shutil, signal, subprocess, sys, tempfile, time
+import ast, atexit, contextlib, copy, dataclasses, functools, itertools, json, math, os, random, re
+import resource, shutil, signal, subprocess, sys, tempfile, time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -1097,100 +1097,160 @@ def own(folder, *lines, count=24, size=(40, 30), box=(4, 5, 21, 25.5)):
     """One's own data: a JSONL file of pictures, the given lines in second place."""
     folder.mkdir(exist_ok=True)
     for n in range(count):
-        Image.new("RGB", size, (n, 0, 0)).save(folder / f"picture{n}.png")
+        for kind in ("png", "bmp"):  # one picture in two files
+            Image.new("RGB", size, (n, 0, 0)).save(folder / f"picture{n}.{kind}")
     good = [json.dumps({**GOOD, "image": f"picture{n}.png", "box": box}) for n in range(count)]
     lines = [line if isinstance(line, str) else json.dumps({**GOOD, **line}) for line in lines]
-    (folder / "my.jsonl").write_text("\n".join([good[0], *lines, *good[1:]]) + "\n")
+    (folder / "my.jsonl").write_text("\n".join([good[0], *lines, *good[1:]]), "utf-8-sig")
     return vrrl.Points(settings("task=points", f"data={folder / 'my.jsonl'}"))
 
 @pytest.mark.parametrize("line, reason", [
     ("{not json", "JSON"), ("[]", "JSON object"), ({"image": "none.png"}, "none.png"),
     ({"image": "/etc/passwd"}, "/etc/passwd"), ({"image": "../x.png"}, "../x.png"),
-    ({"image": 3}, '"image"'), ({"image": "my.jsonl"}, "not a usable image"), ({"id": 5}, '"id"'),
-    ({"question": " "}, '"question"'), ({"box": None}, '"box"'), ({"id": "line-1"}, "twice"),
-    ({"box": [1, 2, 3, "4"]}, '"box"'), ({"box": [1, 2, 3, True]}, '"box"'),
-    ({"box": [1, 2, 3]}, '"box"'), ({"box": [5, 2, 5, 9]}, "empty"),
-    ({"box": [-1, 2, 8, 9]}, "leaves its image of 40 x 30"), ({"box": [1, 2, 41, 9]}, "40 x 30"),
-    ({"box": [1, 2, 8, 30.5]}, "40 x 30"), ({"box": [1, 2, math.nan, 9]}, "")])
+    ({"image": "my.jsonl"}, "not a usable image"), ({"image": 3}, '"image"'), ({"id": 5}, '"id"'),
+    ({"id": "line-1"}, "twice"), ({"question": " "}, '"question"'), ({"box": None}, '"box"'),
+    ({"box": [1, 2, 3, True]}, '"box"'), ({"layout": [], "question": None}, '"question"'),
+    ({"box": [5, 2, 5, 9]}, "empty"), ({"box": [0, 0, 1, 0.5]}, "normalised"),
+    ({"box": [-1, 2, 8, 9]}, "leaves its image of 40 x 30"), ({"box": [1, 2, 8, 31]}, "40 x 30")])
 def test_a_bad_line_of_ones_own_data_is_named_by_file_and_line(fails, tmp_path, line, reason):
     said = fails(lambda words: own(tmp_path, line))
     assert f"{tmp_path / 'my.jsonl'}:2:" in said and reason in said
 
 def test_ones_own_data_is_divided_by_image_and_goes_through_a_run(tmp_path):
-    task, run = own(tmp_path, {"question": "the page", "box": [0, 0, 9, 9]}), tmp_path / "run"
+    twins = [{"image": f"picture{n}.bmp", "box": [0, 0, 9, 9]} for n in range(24)]
+    task, run = own(tmp_path, *twins), tmp_path / "run"
     parts = [{e["image"] for e in task.examples(part)} for part in ("train", "dev_id", "test_id")]
-    assert len(set.union(*parts)) == 24 == sum(map(len, parts)) and len(parts[0]) > 12
+    assert len(set.union(*parts)) == 48 == sum(map(len, parts)) and len(parts[0]) > 24
+    assert all({n[:-3] + kind for n in part for kind in ("bmp", "png")} == part for part in parts)
     vrrl.main(words_of(run, "task=points", f"data={tmp_path / 'my.jsonl'}", "rl.steps=0",
                        "points.question={question} the"))
     assert (run / "episodes.png").is_file()
 
 def test_ones_own_data_that_cannot_be_used_is_one_clear_line(fails, tmp_path):
     assert "my.jsonl" in fails(lambda words: own(tmp_path, count=2))
-    assert "normalised" in fails(lambda words: own(tmp_path, box=(0.1, 0.1, 0.5, 0.5)))
     tiny = lambda words: own(tmp_path, box=(2.1, 2.1, 2.2, 2.2)).demonstrations()
     assert "points.scale" in fails(tiny)
     words = words_of(tmp_path / "run", "task=points", f"data={tmp_path / 'none.jsonl'}")
     assert "none.jsonl" in fails(vrrl.main, words)
     long = lambda words: own(tmp_path / "long", size=(900, 3), box=(4, 0, 9, 2))
     assert "900 x 3" in fails(long)
+    own(tmp_path / "edge", size=(400, 2), box=(4, 0, 9, 2))  # 200:1 is taken
 
-@pytest.mark.parametrize("mode, colour, shown, suffix", [
-    ("1", 1, 255, "png"), ("L", 7, 7, "png"), ("LA", (0, 0), 255, "png"), ("P", 0, 0, "gif"),
-    ("RGB", (9, 9, 9), 9, "png"), ("RGBA", (0, 0, 0, 0), 255, "png"), ("PA", (0, 0), None, "tiff"),
-    ("RGBA", (0, 0, 0, 128), 127, "png"), ("RGBX", (9, 9, 9, 9), 9, "tiff"), ("I", 9, None, "tiff"),
-    ("CMYK", (0, 0, 0, 0), 255, "jpg"), ("YCbCr", (255, 128, 128), 255, "jpg"),
-    ("LAB", (255, 128, 128), None, "tiff"), ("I;16", 9, None, "png"), ("F", 9.0, None, "tiff")])
-def test_an_image_is_shown_as_on_a_white_page_or_refused(tmp_path, mode, colour, shown, suffix):
-    Image.new(mode, (8, 8), colour).save(tmp_path / f"x.{suffix}")
-    try:
-        image = data_prep.load_image(tmp_path / f"x.{suffix}")
-        assert image.mode == "RGB" and (shown is None or image.getpixel((4, 4)) == (shown,) * 3)
-    except vrrl.UserError as error:
-        assert shown is None and f"x.{suffix}: not a usable image" in str(error)
+ODD = r'''null true -1 1e999 NaN 0.5 [] {} , "" "x" "4" "id" "layout" "line-1" "\ud800" "\u0000" "."
+    "none.png" "zero.png" "cut.png" "out.png" "../x.png" "/etc/passwd" "my.jsonl" "picture2.png"
+    '''.split() + ['" "', "9" * 5000, "[" * 100_000, "\0", "\r", ""]
+ENDS, CODES = ["\n"] * 9 + ["\r\n", "\n \n", "\r"], ["utf-8"] * 9 + ["utf-8-sig", "utf-16", "cp500"]
+@pytest.mark.parametrize("name, count", [("points", 1000), ("grounding", 300), ("navigation", 300)])
+def test_a_fuzzed_file_of_examples_is_read_rightly_or_named_with_its_line(tmp_path, name, count):
+    task, rng, refused, file = own(tmp_path, count=12), random.Random(0), 0, tmp_path / "my.jsonl"
+    read = lambda: sum(vrrl.Points(task.cfg).own.values(), [])
+    if name != "points":
+        task = vrrl.TASKS[name](settings(f"task={name}", f"data={tmp_path}", "make.train=12"))
+        file, read = task.folder / "train.jsonl", lambda: task.examples("train")
+    (task.folder / "cut.png").write_bytes((tmp_path / "picture1.png").read_bytes()[:-20])
+    (task.folder / "zero.png").touch()
+    (task.folder / "out.png").symlink_to("/etc/passwd")
+    pick = lambda rows: sorted(json.dumps([e["image"], e.get("question"), e.get("box")],
+                                          ensure_ascii=False).encode() for e in rows)
+    for _, whole in itertools.product(range(count), [file.read_text("utf-8-sig")]):
+        lines, at = whole.splitlines(), rng.randrange(12)
+        odd = lambda part: rng.choice(ODD) if rng.random() < 0.02 else part[0]
+        lines[at] = re.sub(r'"[^"]*"|[-.\d]+|.', odd, lines[at])
+        raw = bytearray(rng.choice(ENDS).join(lines), rng.choice(CODES))
+        raw[rng.randrange(len(raw))] ^= rng.choice([0] * 9 + [1, 32, 255])
+        file.write_bytes(raw)
+        try:
+            found = read()
+        except vrrl.UserError as error:
+            assert re.fullmatch(rf"{file}(:\d+: .+|: too few .+)", str(error))
+            refused += 1
+            continue
+        rows = (json.loads(x.decode("utf-8-sig")) for x in raw.split(b"\n") if x.strip())
+        assert pick(found) == pick(rows)
+        for e in [*found, *found[at : at + 1]]:
+            (x0, y0, x1, y1), (width, height) = e.get("box", (0, 0, 2, 2)), e["size"]
+            assert 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height and task.question(e)
+        with contextlib.suppress(vrrl.UserError):  # a picture that changed, a tiny box
+            task.feedback(e, task.wrong(e, rng)), task.exact(e, task.wrong(e, rng))
+    assert 0.1 < refused / count < 0.9
 
-def test_images_are_turned_as_exif_says_and_broken_or_huge_ones_are_refused(tmp_path):
-    image, exif = Image.fromarray(np.uint8([[0, 0, 0, 1]])).convert("P"), Image.Exif()
-    image.putpalette([9, 9, 9, 0, 0, 255])
-    exif[0x0112] = 6  # a quarter turn to the right
-    image.save(tmp_path / "x.png", exif=exif, transparency=0)
-    shown = np.asarray(data_prep.load_image(tmp_path / "x.png"))
-    assert shown.tolist() == [[[255] * 3]] * 3 + [[[0, 0, 255]]]
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG broken")
-    Image.new("1", (4097, 2)).save(tmp_path / "huge.png")
-    for name in ("broken", "huge", "none"):
+def test_an_image_that_is_huge_or_unclear_is_refused_by_name(tmp_path):
+    for name, mode, form in ("key", "I;16", "PNG"), ("deep", "I", "TIFF"), ("float", "F", "TIFF"):
+        Image.new(mode, (2, 2)).save(tmp_path / f"{name}.png", form, transparency=0)
+    Image.new("I;16", (2, 2)).save(tmp_path / "negative.png", "TIFF")
+    tiff, tag = (tmp_path / "negative.png").read_bytes(), b"\6\1\3\0\1\0\0\0"  # which end is white
+    (tmp_path / "negative.png").write_bytes(tiff.replace(tag + b"\1", tag + b"\0"))
+    Image.new("1", (4097, 30)).save(tmp_path / "huge.png")
+    for name in ("key", "deep", "float", "negative", "huge", "none"):
         with pytest.raises(vrrl.UserError, match=f"{name}.png: not a usable image"):
             data_prep.load_image(tmp_path / f"{name}.png")
 
+def test_pictures_of_every_format_mode_and_orientation_are_shown_as_on_white(tmp_path):
+    blocks = np.random.default_rng(0).integers(0, 256, (2, 3, 4))
+    source = Image.fromarray(np.uint8(np.kron(blocks, np.ones((16, 16, 1)))))
+    grey = np.uint8(source.convert("L"))[..., None]
+    deep = Image.fromarray(grey[..., 0] * np.uint16(257))
+    turned = lambda a, n: (a.swapaxes(0, 1) if n > 4 else a)[  # what the EXIF orientation n asks
+        :: -1 if n % 4 in (0, 3) else 1, :: -1 if n % 4 in (2, 3) else 1]
+    Image.init()
+    forms = sorted({*Image.SAVE} - {*"EPS ICNS ICO IM PALM PDF SPIDER".split()})  # read otherwise
+    modes = "1 L LA P PA RGB RGBA RGBX CMYK YCbCr HSV I;16".split()
+    for form, mode, n in itertools.product(forms, modes, range(1, 9)):
+        exif, file = Image.Exif(), tmp_path / f"{form}-{mode}-{n}"
+        exif[0x112] = n = n if form in "PNG JPEG WEBP TIFF MPO AVIF".split() else 1
+        plain = source if mode[-1] in "AP" else source.convert("RGB")
+        try:
+            (deep if mode == "I;16" else plain.convert(mode)).save(file, form, exif=exif)
+        except (OSError, ValueError, KeyError):  # this format has no such mode
+            continue
+        if n == 1:
+            with Image.open(file) as plain:
+                rgba = np.float64(plain.convert("RGBA"))
+                right = 255 - rgba[..., 3:] / 255 * (255 - rgba[..., :3])
+                right = grey if plain.mode[0] == "I" else right
+        found = np.float64(data_prep.load_image(file))
+        assert abs(found - turned(right, n)).max() <= 1, file
+    assert len([*tmp_path.iterdir()]) > 300
+
 def test_the_authors_maps_and_pictures_become_a_data_folder(tmp_path, capsys):
     def official(*entries):
-        (tmp_path / "x.json").write_text(json.dumps(entries))
+        (tmp_path / "x.json").write_text(json.dumps(entries), encoding="utf-8-sig")
         data_prep.main(["official", f"data={tmp_path / 'data'}", f"eval={tmp_path / 'x.json'}"])
-        return next((tmp_path / "data").glob("official-*"))
-    entry = lambda picture, *layout: {"input_map": picture, "id": picture, "metadata": {
-        "layout": layout, "start_pos": 0, "target_pos": len("".join(layout)) - 1}}
-    for wrong in ({"id": "a"}, 5, entry("a", "SH", "HG"), entry("a", "SX", "FG"),
-                  entry("../a.png", "SF", "HG")):
+        return max((tmp_path / "data").glob("official-*"), key=os.path.getmtime)
+    entry = lambda picture, *layout, start=0: {"input_map": picture, "id": picture, "metadata": {
+        "layout": layout, "start_pos": start, "target_pos": len("".join(layout)) - 1}}
+    (tmp_path / "link.png").symlink_to("/etc/passwd")
+    for said, *wrong in (("", 5), ("", {"id": "a"}), ("twice", *[entry("a", "SF", "HG")] * 2),
+                         ("no way", entry("a", "SH", "HG")), ("out", entry("../a.png", "SF", "HG")),
+                         ("through a link", entry("link.png", "SF", "HG")), ("no map",),
+                         ("start_pos", entry("a", "SF", "HG", start=1))):
         with pytest.raises(SystemExit):
-            official(wrong)
-        assert re.fullmatch(r"error: .*x\.json.*\n", capsys.readouterr().err)
+            official(*wrong)
+        assert re.fullmatch(rf"error: .*x\.json.*{said}.*\n", capsys.readouterr().err)
     image = Image.new("RGB", (48, 44), "white")  # with a margin, as theirs
-    image.paste((9, 9, 9), (4, 2, 44, 42))
-    image.save(tmp_path / "a.png")
-    folder = official(entry("a.png", "SF", "HG"), entry("no", "SFFFFF", *["FFFFFF"] * 4, "FFFFFG"))
+    for colour in ((0, 0, 0), (9, 9, 9)):
+        image.paste(colour, (4, 2, 44, 42))
+        image.save(tmp_path / "a.png")
+        folder = official(entry("a.png", "SF", "HG"), entry("", "SF", *["FF"] * 4, "FG"))
+    assert len([*folder.parent.glob("official-*")]) == 2  # one for each of the two pictures
     task = vrrl.Navigation(settings("task=navigation", f"data={folder}"))
     (one,), (two,) = map(task.examples, ("test_id", "test_size"))
     assert one["layout"] == ["SF", "HG"] and one["box"] == [4, 2, 44, 42] and two["drawn"] == "here"
     changed = (np.asarray(task.feedback(one, ("right", "down"))) != np.asarray(image)).any(-1)
     assert changed[2:42, 4:44].sum() == changed.sum() > 100 and changed[12, 24] and changed[22, 34]
 
-def test_help_exits_0_and_names_every_setting_and_a_mistake_exits_2():
+def test_help_exits_0_and_names_every_setting_and_a_mistake_exits_2(capsys):
     run, wrong = start(["--help"]), start(["rl.stepz=3"])
     text, error = ended(run)
+    assert data_prep.main(["--help"]) is None and capsys.readouterr().out.startswith("usage: ")
+    words = [sys.executable, "-c", "import sys; sys.modules['fcntl'] = None; import data_prep"]
+    line = subprocess.run(words, cwd=vrrl.HERE, capture_output=True, text=True).stderr
+    assert re.fullmatch("error: .*Linux and macOS.*\n", line)  # on Windows
     assert not error and all(f"  {k}=" in text and row[2] in text for k, row in TABLE.items())
     assert ended(wrong, 2) == ("", "error: unknown setting 'rl.stepz'; nearest: rl.steps")
 
 # ==================== The repository ==============================================================
-LINES = {"vrrl.py": 1540, "data_prep.py": 920, "assets/make_embedded.py": 271,
+LINES = {"vrrl.py": 1640, "data_prep.py": 960, "assets/make_embedded.py": 271,
          "results/study.py": 350, "test_vrrl.py": 1300, "config.yaml": 170, "README.md": 200}
 PACKAGES = "numpy torch transformers tokenizers safetensors yaml tqdm PIL pytest vrrl data_prep"
 @pytest.mark.parametrize("name", LINES)

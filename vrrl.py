@@ -311,7 +311,7 @@ class Navigation(Task):
         file = Path(cfg.data) / "data.json"
         if file.is_file():  # made by `python data_prep.py official`
             self.cfg, self.folder = cfg, file.parent
-            self.splits = json.loads(file.read_text())["splits"]
+            self.splits = data_prep.read_json(file).get("splits", [])
         else:
             plan = data_prep.navigation_plan(cfg.make.train, cfg.make.test)
             super().__init__(cfg, plan, functools.partial(data_prep.make_map, cell=cfg.nav.cell))
