@@ -1435,18 +1435,20 @@ class Run:
         self.stage = stage
         done, saved, cost = self.load(optimizer, buffer), time.time(), 0.0
         handle_signals(self.stop_soon)
-        for self.step in tqdm(range(done + 1, count + 1), initial=done, total=count, desc=stage,
-                              unit="step", disable=worker() > 0):
-            yield self.step
-            stop = any(gather([self.stopping]))
-            due = stop or self.step == count or time.time() - saved > max(20, 20 * cost)
-            if worker() == 0 and due and not optimizer.skipped:
-                saved = time.time()
-                self.save(optimizer, buffer)
-                cost = time.time() - saved
-            if stop:
-                raise KeyboardInterrupt
-        handle_signals(signal.default_int_handler)
+        try:
+            for self.step in tqdm(range(done + 1, count + 1), initial=done, total=count, desc=stage,
+                                  unit="step", disable=worker() > 0):
+                yield self.step
+                stop = any(gather([self.stopping]))
+                due = stop or self.step == count or time.time() - saved > max(20, 20 * cost)
+                if worker() == 0 and due and not optimizer.skipped:
+                    saved = time.time()
+                    self.save(optimizer, buffer)
+                    cost = time.time() - saved
+                if stop:
+                    raise KeyboardInterrupt
+        finally:
+            handle_signals(signal.default_int_handler)
 
     def stop_soon(self, number, frame):
         """Ctrl-C and SIGTERM wait for the end of the step. The second one does not."""
@@ -1532,7 +1534,7 @@ def weight_sum(policy):
 
 def train(cfg, flat, words, folder):
     """SFT, RL, evaluation. The method's row decides which of them does anything."""
-    run, task = Run(folder, flat | fingerprint(cfg)), TASKS[cfg.task](cfg)
+    task, run = TASKS[cfg.task](cfg), Run(folder, flat | fingerprint(cfg))
     if (folder / "results.json").is_file():
         return print((folder / "report.md").read_text())
     # The model that all methods are compared with. They repair its wrong first turns.
@@ -1597,7 +1599,7 @@ def main(words):
     print(f"run folder: {folder}")
     if cfg.mode == "train":
         return train(cfg, flat, words, folder)
-    run, task = Run(folder, flat | fingerprint(cfg)), TASKS[cfg.task](cfg)
+    task, run = TASKS[cfg.task](cfg), Run(folder, flat | fingerprint(cfg))
     rows, _, played = evaluate(load_policy(cfg.model, cfg), task, cfg)
     if worker() == 0:
         report(run, task, {cfg.model: rows}, played)
