@@ -284,8 +284,8 @@ GOODS = """Tea Coffee Juice Milk Water Cocoa Soup Bread Rice Beans Apples Plums 
 YEARS = [str(year) for year in range(1950, 2030)]
 # {kind: {split: (shape, lowest and highest number of rows and of columns, of bars, or of dots)}}
 FIGURES = {
-    "embedded": {"id": ("table", (4, 7)), "large": ("table", (9, 11)),
-                 "bars": ("bars", (6, 9)), "scatter": ("scatter", (10, 16))},
+    "embedded": {"id": ("table", (3, 6)), "large": ("table", (12, 14)),
+                 "bars": ("bars", (9, 11)), "scatter": ("scatter", (22, 28))},
     "text": {"id": ("table", (5, 15)), "large": ("table", (20, 50)), "cell": ("cell", (5, 15)),
              "bars": ("bars", (5, 10)), "scatter": ("scatter", (10, 20))},
 }
@@ -345,8 +345,9 @@ def _embedded_table(rng, size, colours):
     """(question, box, image) of a table; `size` counts its headers too."""
     edges = []
     for count in (rng.randint(*size), rng.randint(*size)):
-        length = CANVAS if count > 7 else rng.randint(CANVAS * 7 // 10, CANVAS)
-        # With 11 even parts a cell keeps 6 pixels, so it contains a multiple of 4 for the model.
+        # Cells of small tables are about as large as those of large ones: crops of both look alike.
+        # With 14 parts a cell keeps 5 pixels, so it contains a multiple of 4 for the model.
+        length = CANVAS if count > 7 else round(count * rng.uniform(7, 16))
         ends = np.cumsum([0] + [rng.uniform(1, 1.2) for _ in range(count)])
         low = rng.randint(0, CANVAS - length)
         edges.append((low + ends * length / ends[-1]).round().astype(int).tolist())
@@ -490,7 +491,7 @@ def _write_bars(rng, draw, names, axes, most, colours):
 def _scatter(rng, size, colours, text=False):
     """(question, box, image) of dots between two axes; those of `text` have names."""
     names = rng.sample(CITIES + GOODS, rng.randint(*size))
-    radius = rng.randint(4, 8) if text else rng.randint(3, 4)
+    radius = rng.randint(4, 8) if text else 3
     width, height = (rng.randint(700, 1000), rng.randint(600, 900)) if text else (CANVAS, CANVAS)
     edge = rng.randint(20, 40) if text else rng.randint(2, 6)  # pixels outside of the axes
     reach = 0  # pixels that a name takes beside its dot, so that no other dot or name touches it

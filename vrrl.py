@@ -2,22 +2,23 @@
 
 The idea (Tang, Yin, Durrett, arXiv 2607.02490). A vision-language model (VLM) answers a question
 about a picture, is shown what its answer does in the picture, and then commits or corrects. Plain
-RL makes it right at once and lets it forget how to correct, since a right first answer earns the
-same. Corrections never come to use the picture, and they fail where pictures are new. VRRL makes
-the policy practise them: prefix masking trains later turns, and buffered roll-ins start from
-states in which the policy wrongly committed.
+RL makes it right at once and lets it forget how to correct, since a correction earns no more than a
+right first answer. Corrections never come to use the picture, and they fail where pictures are new.
+VRRL makes the policy practise them: prefix masking (random turn masking, RTM) trains later turns,
+and buffered roll-ins start from states in which the policy was wrong and had to commit or correct.
 
 The algorithm, with the default of each number beside its name (task `grounding`):
 
-    policy pi: a VLM after SFT on demonstrations      (sft.first_steps 150, sft.steps 60)
-    D: two queues of states, wrong and right ones     (buffer.size 500, buffer.right_share 0.3)
+    policy pi: a VLM after SFT on demonstrations      (sft.first_steps 300, sft.steps 60)
+    D: two queues of states, wrong and right ones     (buffer.size 4000, buffer.right_share 0.3)
     repeat rl.steps 300 times:
         for each of rl.questions 32 questions:
             with probability rl.rho 0.6: start = the question
-            otherwise (a roll-in):       start = a state taken from D, a right one at 0.3
+            otherwise (a roll-in):       start = a state taken from D, if D has one; with
+                                         probability 0.3 a right one
             sample rl.samples G = 8 rollouts at policy.temperature 0.5, of rl.max_turns 6 new turns
                 at most; after each answer the policy is shown feedback: the answer in the picture
-            R_i = max(1 if right, 0.1 + 0.9 r_i),  r_i: progress of the corrections (section 6)
+            R_i = max(1 if right, 0.1 + 0.9 r_i), 0 if malformed; r_i: progress of corrections
             A_i = R_i - mean of the other G - 1 rewards    (REINFORCE with a baseline)
             fresh rollouts only: k ~ U{1..T} of the T turns; turns before k leave the loss
         one AdamW step (rl.lr 3e-4) on  - 1/N sum_i A_i sum of log pi over the tokens in the loss
@@ -26,20 +27,16 @@ The algorithm, with the default of each number beside its name (task `grounding`
 Left out of the paper's GRPO: the standard deviation that divides A (here a setting), and the
 clipped importance ratio (each batch is used once, so the ratio is 1). README.md lists the rest.
 
-Read it from top to bottom, in the order in which an episode lives:
-     1 settings      config.yaml as dataclasses         7 buffer      two queues of states
-     2 tasks         what is right, and progress        8 loss        masking, advantage, AdamW
-     3 conversation  turns and episodes as token ids    9 SFT         demonstrations
-     4 policy        the VLM: read, sample, log-probs  10 RL          the loop above
-     5 rollouts      from a question or a state        11 evaluation  accuracy, repair, probes
-     6 reward        of an episode                     12 a run       workers, checkpoints, report
+Read it from top to bottom, in the order in which an episode lives: 1 settings, 2 tasks (what is
+right), 3 conversation (turns as token ids), 4 policy (the VLM), 5 rollouts, 6 reward, 7 buffer,
+8 loss, 9 SFT, 10 RL (the loop above), 11 evaluation with probes, 12 a run (workers, checkpoints).
 
 What a fork changes, and where: a task is a subclass in section 2, a line in TASKS and a row of
 config.yaml; a method is a row of config.yaml; the reward is section 6; a model is `model=FOLDER`.
 Pictures are made in data_prep.py, which knows nothing of learning. `--help` lists all settings.
 """
 import atexit, contextlib, dataclasses, difflib, functools, hashlib, inspect, itertools, json
-import math, os, platform, random, re, shutil, signal, sys, tempfile, time
+import math, operator, os, platform, random, re, shutil, signal, sys, tempfile, time
 from collections import Counter, deque
 from pathlib import Path
 
@@ -58,16 +55,20 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 
-
 # ==================== 1. Settings =================================================================
 # config.yaml names every setting once: `name: [default, allowed, sentence]`. Rows of its tables
-# `tasks`, `profiles` and `methods` change defaults. Nothing else in this file has a default.
+# `tasks`, `profiles` and `methods` change defaults; their names are what these settings allow.
 def read_config(words=()):
     """The settings as (cfg, flat): cfg.rl.steps on frozen dataclasses, and {"rl.steps": 300, ...}.
     words: `key=value`, or names of YAML files of settings. The later wins: config.yaml, the rows
     of task, profile and method, then the words in their order. Raises UserError."""
-    config, given = read_yaml(HERE / "config.yaml"), {}
-    table = flatten(config["settings"])
+    try:
+        return settings_from(read_yaml(HERE / "config.yaml"), words)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"config.yaml has lost its form: {error!r}") from None
+
+def settings_from(config, words):
+    given, table = {}, flatten(config["settings"])
     for word in words:
         key, equals, value = word.partition("=")
         if not equals and not word.endswith((".yaml", ".yml")):
@@ -75,6 +76,7 @@ def read_config(words=()):
         given |= {key: value} if equals else flatten(read_yaml(word))
     flat = {key: default for key, (default, _, _) in table.items()}
     for kind in ("task", "profile", "method"):
+        table[kind][1] = "|".join(config[kind + "s"])
         row = check_value(kind, given.get(kind, flat[kind]), *table[kind][:2])
         flat |= flatten(config[kind + "s"][row])
     sections = {"": {}}
@@ -103,7 +105,7 @@ def flatten(values, before=""):
     """{"rl": {"steps": 3}} -> {"rl.steps": 3}."""
     flat = {}
     for key, value in values.items():
-        key = before + key
+        key = f"{before}{key}"
         flat |= flatten(value, key + ".") if isinstance(value, dict) else {key: value}
     return flat
 
@@ -113,9 +115,8 @@ def check_value(key, value, default, allowed):
     text, kind = str(value), type(default)
     if kind is bool and text.lower() in ("yes", "true", "no", "false"):
         return text.lower() in ("yes", "true")
-    if kind is str and allowed[:4] == "text" and allowed[5:] in text:
-        return text
-    if kind is str and text in allowed.split("|"):
+    if kind is str and (text in allowed.split("|")
+                        or allowed[:4] == "text" and allowed[5:] in text):
         return text
     if kind in (int, float):
         low, high = map(float, allowed.split(".."))
@@ -125,7 +126,6 @@ def check_value(key, value, default, allowed):
     words = allowed.replace("..", " to ").replace("|", ", ") + ", a whole number" * (kind is int)
     raise UserError(f"{key}={text} is not allowed; allowed: {words}")
 
-
 # ==================== 2. Tasks ====================================================================
 class Task:
     """What the model learns. A new task is a subclass, a line in TASKS, and a row in config.yaml.
@@ -133,6 +133,7 @@ class Task:
     An *example* is a dict with id, image (a path), size (width, height) and what the rules need.
     An *answer* is what `parse` makes of the text inside <ANSWER>: any value that compares. Write
 
+        __init__(cfg)               super().__init__(cfg, plan, make), as Navigation does
         splits                      names; "id" first, the others are out of distribution
         question(example)           (text before the picture, text after each feedback picture)
         parse(text)                 answer, or None
@@ -201,11 +202,10 @@ class Points(Task):
     """Visual grounding on one's own data: point into a box. `task=points data=FILE`, a JSONL file
     of {"image", "question", "box": [x0, y0, x1, y1] in pixels}.
 
-    An answer is (x, y), whole numbers in the model's own convention: from 0 to points.scale along
-    each side, or pixels of the picture as the model sees it where the scale is 0. Feedback is a
-    crop centred on the point. Whether the target lies there, and where else, looks the same in
-    every kind of picture, and so corrections can carry over to new ones."""
-    empty_final = True  # a small model miscopies coordinates, and RL would then learn to copy
+    An answer is (x, y), whole numbers from 0 to points.scale along each side; with scale 0, pixels
+    as the model sees the picture. Feedback is a crop centred on the point. It shows where the
+    target lies in the same way in every kind of picture, so corrections can carry over."""
+    empty_final = True  # a small model miscopies coordinates: RL would only learn to copy
 
     def __init__(self, cfg):
         self.cfg, self.folder = cfg, Path(cfg.data).parent
@@ -288,9 +288,8 @@ class Points(Task):
         sides = zip(self.pixel(example, answer), self.centre(example))
         if self.cfg.points.crop and max(abs(p - c) for p, c in sides) >= self.cfg.points.crop / 2:
             return "far"
-        words = [f"{'left' if x < 0 else 'right'} {abs(x)}"] if x else []
-        words += [f"{'up' if y < 0 else 'down'} {abs(y)}"] if y else []
-        return " ".join(words) or "here"
+        words = (x, "left", "right"), (y, "up", "down")
+        return " ".join(f"{a if n < 0 else b} {abs(n)}" for n, a, b in words if n) or "here"
 
 class Grounding(Points):
     """The paper's grounding experiment: trained on small tables alone; out of distribution are
@@ -378,7 +377,6 @@ class Navigation(Task):
 
 TASKS = {"grounding": Grounding, "points": Points, "navigation": Navigation}
 
-
 # ==================== 3. Conversation =============================================================
 # The policy says one ANSWER or one FINAL, perhaps after a THINK. A turn keeps the token ids that
 # were sampled: these are trained, never text that was encoded again.
@@ -397,25 +395,22 @@ def parse_turn(task, text):
     if final is not None and not final.strip():
         return "final", thought, None
     parsed = task.parse(answer if final is None else final) if match else None
-    if parsed is None:
-        return "bad", thought, None
-    return "answer" if final is None else "final", thought, parsed
+    kind = "bad" if parsed is None else "answer" if final is None else "final"
+    return kind, thought, parsed
 
 def size_seen(size, processor):
     """(width, height) in pixels that an image of this size has when the model sees it."""
-    limits = processor.size  # by their names edges, in truth the least and most numbers of pixels
-    height, width = qwen_images.smart_resize(
-        size[1], size[0], processor.patch_size * processor.merge_size,
-        limits["shortest_edge"], limits["longest_edge"])
-    return width, height
+    low, high = processor.size["shortest_edge"], processor.size["longest_edge"]  # numbers of pixels
+    side = processor.patch_size * processor.merge_size
+    return qwen_images.smart_resize(*size[::-1], side, low, high)[::-1]
 
 class Picture:
     """An image as the vision tower takes it. grid: visual tokens (down, across). patches: uint8
     (down * across * merge^2, 3, patch^2) in the library's order, which goes merge block by merge
     block. features: what a frozen vision tower made of it, kept so that it is encoded once."""
     def __init__(self, image, processor):
-        size, patch = size_seen(image.size, processor), processor.patch_size
-        merge = processor.merge_size
+        patch, merge = processor.patch_size, processor.merge_size
+        size = size_seen(image.size, processor)
         if size != image.size:
             image = image.resize(size, processor.resample)
         down, across = size[1] // (patch * merge), size[0] // (patch * merge)
@@ -460,7 +455,8 @@ class Episode:
     def committed(self):
         """Whether it ends in a FINAL for its last answer."""
         last = self.all_turns[-1]
-        return last.kind == "final" and last.answer in (None, *self.answers[-1:])
+        said = self.answers[-1:]
+        return last.kind == "final" and bool(said) and last.answer in (None, *said)
     @property
     def opening(self):
         """(ids, pictures) up to the first new turn."""
@@ -479,7 +475,6 @@ class Episode:
             found += [(column + i, number) for i, may in enumerate(turn.loss_tokens) if may]
             column += len(turn.ids) + len(turn.feedback)
         return found
-
 
 # ==================== 4. Policy ===================================================================
 MARK = "\ue000"  # stands for the policy's words in a chat template; a character that no text has
@@ -507,7 +502,7 @@ class Context:
 
 class LoRA(torch.nn.Module):
     """A linear map W x + B A x; A (rank, in) and B (out, rank) alone are trained, which fits small
-    cards (Hu et al., arXiv 2106.09685). B is 0 at first: with LoRA.off() it is the SFT model."""
+    cards (Hu et al., arXiv 2106.09685). B is 0 at first: within lora_off() it is the SFT model."""
     on = True
 
     def __init__(self, linear, rank):
@@ -519,30 +514,29 @@ class LoRA(torch.nn.Module):
     def forward(self, x):
         return self.linear(x) + (x @ self.a.T) @ self.b.T if LoRA.on else self.linear(x)
 
-    @staticmethod
-    @contextlib.contextmanager
-    def off():
-        LoRA.on = False
+@contextlib.contextmanager
+def lora_off():
+    LoRA.on = False
+    try:
         yield
+    finally:
         LoRA.on = True
 
-    @staticmethod
-    def add(model, rank):
-        torch.manual_seed(0)  # the same in all workers
-        model.requires_grad_(False)
-        for parent in [*model.model.language_model.layers.modules()]:
-            for name, child in parent.named_children():
-                if isinstance(child, torch.nn.Linear):
-                    setattr(parent, name, LoRA(child, rank))
+def add_lora(model, rank):
+    torch.manual_seed(0)  # the same in all workers
+    model.requires_grad_(False)
+    for parent in [*model.model.language_model.layers.modules()]:
+        for name, child in parent.named_children():
+            if isinstance(child, torch.nn.Linear):
+                setattr(parent, name, LoRA(child, rank))
 
-    @staticmethod
-    def merged(model):
-        """The weights of a model without adapters that says the same."""
-        state = {n: t for n, t in model.state_dict().items() if not n.endswith((".a", ".b"))}
-        for name, module in model.named_modules():
-            if isinstance(module, LoRA):
-                state[f"{name}.linear.weight"] = module.linear.weight + module.b @ module.a
-        return {name.replace(".linear.", "."): t.detach() for name, t in state.items()}
+def merged_weights(model):
+    """The state dict of a model without adapters that says the same."""
+    state = {n: t for n, t in model.state_dict().items() if not n.endswith((".a", ".b"))}
+    for name, module in model.named_modules():
+        if isinstance(module, LoRA):
+            state[f"{name}.linear.weight"] = module.linear.weight + module.b @ module.a
+    return {name.replace(".linear.", "."): t.detach() for name, t in state.items()}
 
 class Policy:
     """A Qwen2.5-VL or Qwen3-VL model with its tokenizer and image processor. `extend` reads more
@@ -551,10 +545,8 @@ class Policy:
         self.model, self.tokenizer, self.processor, self.cfg = model, tokenizer, processor, cfg
         self.device, self.image_id = next(model.parameters()).device, model.config.image_token_id
         self.prompt = functools.cache(self.prompt)
-        check_text(tokenizer, "policy.system", cfg.policy.system)
-        for section in ("points", "nav"):
-            for key in ("question", "reply"):
-                check_text(tokenizer, f"{section}.{key}", getattr(getattr(cfg, section), key))
+        for name in "policy.system points.question points.reply nav.question nav.reply".split():
+            check_text(tokenizer, name, operator.attrgetter(name)(cfg))
         self.end_id = self.prompt("", "")[1]
         self.frozen_vision = cfg.policy.freeze_vision or cfg.policy.lora > 0
         model.model.visual.requires_grad_(not self.frozen_vision)
@@ -620,10 +612,9 @@ class Policy:
 
     def pad(self, rows):
         """B lists of at least one id -> ids (B, W), and where they are tokens (B, W)."""
-        width = max(map(len, rows))
-        ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.device)
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        return ids, torch.arange(width, device=self.device) < lengths[:, None]
+        columns = itertools.zip_longest(*rows, fillvalue=-1)
+        ids = torch.tensor([*zip(*columns)], device=self.device)
+        return ids.clamp(min=0), ids >= 0
 
     def extend(self, context, ids, new, pictures=()):
         """Let the model read `ids` (B, W) where `new` (B, W) is True, after what `context` holds,
@@ -649,8 +640,8 @@ class Policy:
             inputs_embeds=embeds, attention_mask=mask, use_cache=True,
             position_ids=positions + context.position[:, None], **extra).last_hidden_state
         row, end = torch.arange(rows, device=self.device), (new.sum(1) - 1).clamp(min=0)
-        step, last = positions.amax(0)[row, end] + 1, hidden[row, end]
-        context.position = context.position + torch.where(new.any(1), step, 0)
+        advance, last = positions.amax(0)[row, end] + 1, hidden[row, end]
+        context.position = context.position + torch.where(new.any(1), advance, 0)
         context.last = last if past == 0 else torch.where(new.any(1)[:, None], last, context.last)
         return hidden
 
@@ -680,8 +671,7 @@ class Policy:
         forced: ids with which all turns of a row begin, B lists. luck: (B, policy.max_new) numbers
         in [0, 1) that decide the tokens, so that no row depends on its neighbours; None: greedy."""
         length, tokens, logps = self.cfg.policy.max_new, [], []
-        first = [[*ids, *[-1] * (length - len(ids))] for ids in forced]
-        first = torch.tensor(first, device=self.device)
+        first = torch.tensor([[*f, *[-1] * (length - len(f))] for f in forced], device=self.device)
         done = torch.zeros(len(forced), dtype=torch.bool, device=self.device)
         for step in range(length):
             logp = self.log_softmax(context.last)
@@ -711,8 +701,8 @@ class Policy:
         self.read(context, heads.values())
         if len(heads) < len(episodes):
             context.take([list(heads).index(e.start) for e in episodes])
-        first = context.last[:, None]
-        hidden = torch.cat([first, self.read(context, rest)], 1)  # column j predicts token j
+        last = context.last[:, None]
+        hidden = torch.cat([last, self.read(context, rest)], 1)  # column j predicts token j
         at = [(row, column) for row, e in enumerate(episodes) for column, _ in e.actions]
         taken = torch.tensor([rest[row][0][column] for row, column in at], device=self.device)
         row, column = torch.tensor(at, device=self.device).T
@@ -721,8 +711,7 @@ class Policy:
         parts = [recompute(self.score, *part) for part in
                  zip(hidden[row, column].split(256), taken.split(256))]
         counts = [len(e.actions) for e in episodes]
-        logps, entropies = (torch.cat(values).split(counts) for values in zip(*parts))
-        return logps, entropies
+        return tuple(torch.cat(values).split(counts) for values in zip(*parts))
 
     def read(self, context, texts):
         """`extend` by texts: (ids, pictures) of each row."""
@@ -740,7 +729,7 @@ class Policy:
         """Write a Hugging Face folder, whole or not at all. UserError if that fails."""
         folder, temporary = Path(folder), Path(f"{folder}.tmp")
         try:
-            self.model.save_pretrained(temporary, state_dict=LoRA.merged(self.model))
+            self.model.save_pretrained(temporary, state_dict=merged_weights(self.model))
             self.tokenizer.save_pretrained(temporary)
             self.processor.save_pretrained(temporary)
         except Exception as error:  # the libraries raise many kinds where a disk is full
@@ -778,9 +767,8 @@ def load_tokenizer(source):
 def check_text(tokenizer, name, text):
     """UserError if a text holds what the tokenizer would take for a special token."""
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for token in [*special, MARK]:
-        if token in text:
-            raise UserError(f"{name} holds {token!r}, which means something else to the model")
+    if found := [token for token in [*special, MARK] if token in text]:
+        raise UserError(f"{name} holds {found[0]!r}, which means something else to the model")
 
 def device_of(cfg):
     if cfg.device in ("cuda", "mps") and not getattr(torch, cfg.device).is_available():
@@ -789,20 +777,23 @@ def device_of(cfg):
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu" if cfg.device == "auto" else cfg.device)
 
-def faults(model, tokenizer, processor, missing):
-    """What would make the model's parts give nonsense together, in words."""
+def check_parts(name, model, tokenizer, processor, missing):
+    """UserError if the parts of a model would give nonsense together."""
     vision, rows = model.config.vision_config, model.get_input_embeddings().weight.shape[0]
     sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
     other = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
+    broken = [n for n, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    fault = ""
     if missing:  # the library would make them up
-        yield f"its files lack {len(missing)} tensors, such as {missing[0]}"
-    if sizes != other:
-        yield f"patch, merge and frames are {sizes} in the model, {other} in its image processor"
-    if len(tokenizer) > rows:
-        yield f"its tokenizer has {len(tokenizer)} words, its embedding {rows}"
-    for key, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            yield f"its weight {key} is not finite"
+        fault = f"its files lack {len(missing)} tensors, such as {missing[0]}"
+    elif sizes != other:
+        fault = f"patch, merge and frames are {sizes} in the model, {other} in its image processor"
+    elif len(tokenizer) > rows:
+        fault = f"its tokenizer has {len(tokenizer)} words, its embedding {rows}"
+    elif broken:
+        fault = f"its weight {broken[0]} is not finite"
+    if fault:
+        raise UserError(f"model={name}: {fault}")
 
 def load_policy(name, cfg):
     """A Policy from a Hugging Face folder or hub name, on cfg.device. UserError if it has none."""
@@ -821,10 +812,9 @@ def load_policy(name, cfg):
     except Exception as error:  # half a download, another architecture: many kinds
         line = (str(error) or repr(error)).splitlines()[0]
         raise UserError(f"model={name} cannot be loaded: {line}") from None
-    for fault in faults(model, tokenizer, processor, sorted(about["missing_keys"])):
-        raise UserError(f"model={name}: {fault}")
+    check_parts(name, model, tokenizer, processor, sorted(about["missing_keys"]))
     if cfg.policy.lora:
-        LoRA.add(model, cfg.policy.lora)
+        add_lora(model, cfg.policy.lora)
     if sum(p.numel() for p in model.parameters()) > 100_000_000:
         for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
             layer.forward = functools.partial(checkpointed, layer, layer.forward)
@@ -854,13 +844,17 @@ def checkpointed(layer, forward, hidden, **rest):
     cache.update(*new, number)
     return hidden
 
-
 # ==================== 5. Rollouts =================================================================
-def begin(policy, task, example, start=0):
-    """An episode before its first turn."""
+def begin(policy, task, example, start=0, spoken=(), feedback=None):
+    """An episode before its first new turn: after the question, or after given turns (`spoken`, the
+    ids of each) and the feedback to them."""
     picture = Picture(task.image(example), policy.processor)
-    head, _, _ = policy.prompt(*task.question(example))
-    return Episode(example, policy.place(head, picture), picture, start)
+    head = policy.place(policy.prompt(*task.question(example))[0], picture)
+    episode = Episode(example, head, picture, start)
+    for ids in spoken:
+        episode.given.append(read_turn(policy, task, ids))
+        reply(policy, task, episode, episode.given[-1], feedback)
+    return episode
 
 def read_turn(policy, task, ids, logps=(), forced=0):
     """A Turn from its ids, of which the first `forced` were not sampled. One that was cut off
@@ -876,14 +870,6 @@ def reply(policy, task, episode, turn, feedback=None):
     turn.picture = Picture(image, policy.processor)
     turn.feedback = policy.place(policy.prompt(*task.question(episode.example))[2], turn.picture)
 
-def continue_episode(policy, task, example, spoken, start=0, feedback=None):
-    """An episode that goes on after given turns (lists of ids) and the feedback to them."""
-    episode = begin(policy, task, example, start)
-    for ids in spoken:
-        episode.given.append(read_turn(policy, task, ids))
-        reply(policy, task, episode, episode.given[-1], feedback)
-    return episode
-
 def well_formed(task, turns, unfinished=False):
     """Turn 1 is an ANSWER without THINK; each revision has a THINK; no ANSWER repeats another; one
     FINAL, last, without THINK, empty or with the last answer. unfinished: the FINAL may follow."""
@@ -892,9 +878,8 @@ def well_formed(task, turns, unfinished=False):
         if turn.kind == "final":
             fits = turn is turns[-1] and turn.thought is None and bool(answers)
             return fits and turn.answer in (None, answers[-1])
-        if turn.kind == "bad" or (turn.thought is None) == bool(answers):
-            return False
-        if any(task.same(turn.answer, other) for other in answers):
+        if (turn.kind == "bad" or (turn.thought is None) == bool(answers)
+                or any(task.same(turn.answer, other) for other in answers)):
             return False
         answers.append(turn.answer)
     return unfinished
@@ -939,16 +924,13 @@ def play(policy, task, starts, samples, max_turns, luck=None, training=False, fe
 
 def uniforms(policy, names, samples, turns):
     """Numbers in [0, 1) that decide what is sampled: (len(names) * samples, turns, policy.max_new).
-    They hang on the names alone, such as "seed step question". So a rollout is the same however
-    many workers share the questions, and a run that was stopped goes on as if it had not been."""
-    found, size = [], (samples, turns, policy.cfg.policy.max_new)
-    for name in names:
-        seed = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
-        generator = torch.Generator().manual_seed(seed)
-        found.append(torch.rand(size, generator=generator, dtype=torch.float64))
-    found = torch.cat(found)  # in double precision, which Apple's GPUs lack
+    They depend on the names alone, such as "seed step number". So a rollout is the same however
+    many workers share the questions, and stopping a run and going on changes nothing."""
+    size = (samples, turns, policy.cfg.policy.max_new)
+    seeds = [int(hashlib.sha256(name.encode()).hexdigest()[:15], 16) for name in names]
+    found = torch.cat([torch.rand(size, generator=torch.Generator().manual_seed(seed),
+                                  dtype=torch.float64) for seed in seeds])
     return (found.float() if policy.device.type == "mps" else found).to(policy.device)
-
 
 # ==================== 6. Reward ===================================================================
 def reward(task, episode, cfg):
@@ -957,10 +939,10 @@ def reward(task, episode, cfg):
         malformed, or the turn limit without FINAL:  R = 0
         else                                         R = max(R_answer, R_refl)
         R_answer = 1 if the last answer is right, else 0
-        R_refl   = form + (1 - form) r  [+ bonus r if right]  - cost T
+        R_refl   = form + (1 - form) r  [+ bonus r if right]  - cost T,  T: all turns
         r        = clip(sum_t w(p_(t+1) - p_t), 0, 1),   w(d) = d if d >= 0 else worse * d
 
-    p_t is `task.progress` of answer t, T the number of turns with the FINAL. Defaults: form 0.1;
+    p_t is `task.progress` of answer t. T counts given turns and the FINAL too. Defaults: form 0.1;
     grounding: worse 1, bonus 0, cost 0; navigation: worse 0.5, bonus 0.2, cost 0.05. Plain RL
     (reflection no) has R = R_answer. With a bonus, failing first pays more than being right at
     once: a policy may learn to start low, so first answers are reported with every result.
@@ -976,21 +958,20 @@ def reward(task, episode, cfg):
     reflection = cfg.form + (1 - cfg.form) * r + cfg.bonus * r * right
     return max(float(right), reflection - cfg.cost * len(episode.all_turns))
 
-
 # ==================== 7. Buffer ===================================================================
 class Buffer:
     """States to start roll-ins from, in two queues: `wrong` ones, whose last answer is wrong, and
     `right` ones (buffer.right_share 0.3), so that the policy practises stopping too. One queue for
     both would fill up with right states as it gets better. First in, first out; a state is taken
     once. It is (example id, ids of each turn, whether the last answer is right)."""
-    def __init__(self, cfg, examples):
-        self.cfg, self.examples = cfg, {e["id"]: e for e in examples}
-        right = round(cfg.size * cfg.right_share)
-        self.wrong, self.right = deque(maxlen=cfg.size - right), deque(maxlen=right)
+    def __init__(self, cfg):
+        self.cfg, most = cfg, round(cfg.size * cfg.right_share)
+        self.wrong, self.right = deque(maxlen=cfg.size - most), deque(maxlen=most)
 
     def state_of(self, task, episode):
         """The state of a fresh episode that is stored, or None. store=committed: its end, with the
-        FINAL cut off; otherwise its first wrong answer that was shown, or else its last answer."""
+        FINAL cut off. store=drawn: at its first wrong answer that was drawn for feedback, or, if
+        there is none, at its last answer."""
         committed = self.cfg.store == "committed"
         shown = [n for n, turn in enumerate(episode.turns) if turn.picture is not None]
         if episode.given or not shown or committed and not episode.committed:
@@ -1008,26 +989,17 @@ class Buffer:
         queue = self.right if rng.random() < self.cfg.right_share else self.wrong
         return queue.popleft() if queue else None
 
-    def start(self, policy, task, state, number):
-        """The episode to go on with; its pictures are made again. With buffer.force_think a wrong
-        state goes on with a forced <THINK>, as the authors do: then nothing is left to decide."""
-        name, spoken, right = state
-        episode = continue_episode(policy, task, self.examples[name], spoken, number)
-        episode.force_think = self.cfg.force_think and not right
-        return episode
-
-
 # ==================== 8. Loss =====================================================================
 # REINFORCE: the gradient of E[R] is E[sum_t (R - b) grad log pi(a_t)]. A baseline b that does not
 # depend on the actions drops out, since E[grad log pi] = 0, and lowers the variance. The mean
 # reward of the other G - 1 rollouts of the same start is such a baseline.
 #
-# Prefix masking weighs turn t by m_t in {0, 1}. For a fixed mask the argument holds turn by turn:
-# the estimate stays unbiased for the turns that it keeps. But k ~ U{1..T} depends on T, and T on
-# later actions. On average turn t weighs t/T, so that an early turn counts less the longer the
-# episode becomes, and the baseline no longer cancels. This bias is the method's own. Roll-ins need
-# no mask: their given turns are not trained, and all G rollouts share them, so that luck of the
-# prefix cancels.
+# Prefix masking weighs turn t of T new turns by m_t in {0, 1}. A fixed mask keeps the estimate
+# unbiased for the turns that it keeps. But T, and with it k ~ U{1..T}, depends on a_t and on what
+# follows: a commit ends the episode. On average turn t weighs t/T, early turns of long episodes
+# count less, and the baseline no longer drops out. This bias is the method's own. Roll-ins need no
+# mask: their given turns are not trained, and all G rollouts share them, so that the baseline holds
+# the good or bad luck in them.
 def turn_weights(episode, mask, rng):
     """The weight in the loss of every action token of an episode (paper: random turn masking).
     none: 1. random: turns k..T weigh 1, k ~ U{1..T}. expected: turn t weighs t/T, its average."""
@@ -1048,17 +1020,17 @@ def kl_terms(logp, reference):
     """r - log r - 1, r = pi_SFT / pi of each token: its mean over samples is KL(pi || pi_SFT)."""
     return (reference - logp).exp() - (reference - logp) - 1
 
-def policy_loss(logps, advantage, weights, rollouts, references=None, kl=0.0):
+def policy_loss(episodes, logps, rollouts, references=None, kl=0.0):
     """L = 1/N sum_i [ - A_i sum_j m_ij log pi(y_ij)  +  kl sum_j (r_ij - log r_ij - 1) ].
 
-    logps, weights, references: a (tokens,) tensor for each episode; advantage: (episodes,). Summed
+    logps, references: a (tokens,) tensor for each episode, which holds A_i and its m_ij. Summed
     over micro-batches it is the batch's loss. N, the number of rollouts, divides, and not the
     number of tokens in the loss: a divisor that depends on k would break `expected` as the average
     of `random`. The KL term holds on masked turns too: otherwise they could drift freely.
     """
     loss = 0.0
-    for i, (logp, weight) in enumerate(zip(logps, weights)):
-        loss = loss - advantage[i] * (weight * logp).sum()
+    for i, (e, logp) in enumerate(zip(episodes, logps)):
+        loss = loss - e.advantage * (logp.new_tensor(e.weights) * logp).sum()
         if kl:
             loss = loss + kl * kl_terms(logp, references[i]).sum()
     return loss / rollouts
@@ -1089,25 +1061,23 @@ class AdamW:
             raise UserError("ten steps in a row had a gradient that is not finite: lower the "
                             "learning rate and give run=ANOTHER_NAME")
         self.steps += not self.skipped
-        for number, p in enumerate(self.weights):
-            if not self.skipped and p.grad is not None:
-                self.update(number, p, p.grad.float(), lr)
-            p.grad = None
+        for weight, *kept in zip(self.weights, *self.kept.values()):
+            if not self.skipped and weight.grad is not None:
+                self.update(weight, weight.grad.float(), lr, *kept)
+            weight.grad = None
         return norm
 
-    def update(self, number, weight, grad, lr):
-        mean, square = self.kept["mean"][number], self.kept["square"][number]
+    def update(self, weight, grad, lr, mean, square, rest=None):
         mean.copy_(mean.float().lerp(grad, 1 - 0.9))
         square.copy_(square.float().lerp(grad * grad, 1 - 0.95))
         bias1, bias2 = 1 - 0.9 ** self.steps.item(), 1 - 0.95 ** self.steps.item()
         change = -lr / bias1 * mean.float() / ((square.float() / bias2).sqrt() + 1e-8)
-        if "rest" not in self.kept:
+        if rest is None:
             return weight.add_(change)
-        old, rest = weight.float(), self.kept["rest"][number]
+        old = weight.float()
         change += rest.float()
         weight.copy_(old + change)
         rest.copy_(change - (weight.float() - old))
-
 
 # ==================== 9. SFT ======================================================================
 def demonstration(policy, task, example, turns, start):
@@ -1128,15 +1098,16 @@ def sft(policy, task, cfg, run):
     traces = task.demonstrations()
     check_words(policy, [text for example, turns in traces
                          for text in (*task.question(example), *(text for text, _ in turns))])
-    answers = [(example, [(turns[-2][0].split("</THINK>")[-1],) * 2]) for example, turns in traces]
-    for stage, steps, data in (("first", cfg.sft.first_steps, answers),
+    right = [(example, turns[-2][0].split("</THINK>")[-1]) for example, turns in traces]
+    singles = [(example, [(text, text)]) for example, text in right]
+    for stage, steps, data in (("first", cfg.sft.first_steps, singles),
                                ("sft", cfg.sft.steps, traces)):
         made, optimizer = {}, AdamW(policy)
         for step in run.steps(stage, steps, optimizer):
-            numbers, total = batch_of(range(len(data)), cfg.sft.batch, step, cfg.seed), 0.0
+            numbers = batch_of(range(len(data)), cfg.sft.batch, step, cfg.seed)
             for n in numbers:
                 made[n] = made.get(n) or demonstration(policy, task, *data[n], n)
-            tokens = sum(len(made[n].actions) for n in numbers)
+            tokens, total = sum(len(made[n].actions) for n in numbers), 0.0
             for part in micro_batches(share([made[n] for n in numbers]), cfg.policy.micro):
                 logps, _ = policy.log_probs(part)
                 loss = -torch.cat(logps).sum() / tokens
@@ -1149,22 +1120,17 @@ def sft(policy, task, cfg, run):
 
 def check_words(policy, texts):
     """UserError if the tokenizer lacks a word of the task: such words would all look the same."""
-    unknown = policy.tokenizer.unk_token_id
     words = {word for text in set(texts) for word in TAG.sub(" ", text).split()}
-    lost = sorted(w for w in words if unknown is not None and unknown in policy.encode(w))
-    if lost:
+    if lost := sorted(w for w in words if policy.tokenizer.unk_token_id in policy.encode(w)):
         raise UserError(f"words that the model's tokenizer does not have: {' '.join(lost[:20])}")
 
 def batch_of(items, count, step, seed):
     """The `count` items of step 1, 2, ...; every pass over them has an order of its own, which
     hangs on seed and pass alone."""
-    found, order = [], []
-    for n in range((step - 1) * count, step * count):
-        number, place = divmod(n, len(items))
-        if place == 0 or not order:
-            order = random.Random(f"{seed} {number}").sample(range(len(items)), len(items))
-        found.append(items[order[place]])
-    return found
+    first, skip = divmod((step - 1) * count, len(items))
+    passes = range(first, first + 1 + (skip + count) // len(items))
+    order = [i for n in passes for i in random.Random(f"{seed} {n}").sample(items, len(items))]
+    return order[skip : skip + count]
 
 def micro_batches(episodes, size):
     """Slices of at most `size` episodes. Equal lengths stand together, for little padding; within
@@ -1172,29 +1138,29 @@ def micro_batches(episodes, size):
     episodes = sorted(episodes, key=lambda e: (len(e.rest[0]), e.start))
     return [episodes[at : at + size] for at in range(0, len(episodes), size)]
 
-
 # ==================== 10. RL ======================================================================
 def rl(policy, task, cfg, run, reference=None):
     """The algorithm at the head of this file, from the SFT model `policy`. reference: a frozen copy
     of it, for the KL term; with LoRA `policy` itself. All that is random in a step hangs on the
     seed and its number."""
-    questions, group = task.examples("train"), cfg.rl.samples
-    optimizer, buffer = AdamW(policy), Buffer(cfg.buffer, questions)
-    rollouts = cfg.rl.questions * group
+    questions = {e["id"]: e for e in task.examples("train")}
+    optimizer, buffer = AdamW(policy), Buffer(cfg.buffer)
+    group, rollouts = cfg.rl.samples, cfg.rl.questions * cfg.rl.samples
     for step in run.steps("rl", cfg.rl.steps, optimizer, buffer):
         # 1. Starts: a question, or a state in which the policy had to commit or correct.
         name, plan = f"{cfg.seed} {step}", []
         rng = random.Random(name)
-        for example in batch_of(questions, cfg.rl.questions, step, cfg.seed):
+        for question in batch_of([*questions], cfg.rl.questions, step, cfg.seed):
             state = buffer.take(rng) if rng.random() >= cfg.rl.rho else None
-            plan.append((len(plan), example, state))
+            plan.append((len(plan), *(state or (question, (), True))))
         mine = share(plan)  # of this worker
-        starts = [buffer.start(policy, task, state, number) if state
-                  else begin(policy, task, example, number) for number, example, state in mine]
+        starts = [begin(policy, task, questions[key], n, spoken) for n, key, spoken, _ in mine]
+        for start, (*_, right) in zip(starts, mine):
+            # The authors force a THINK after a wrong state: then nothing is left to decide.
+            start.force_think = cfg.buffer.force_think and not right
 
         # 2. G rollouts from each start, turn by turn.
-        names = [f"{name} {number}" for number, _, _ in mine]
-        luck = uniforms(policy, names, group, cfg.rl.max_turns)
+        luck = uniforms(policy, [f"{name} {n}" for n, *_ in mine], group, cfg.rl.max_turns)
         episodes = play(policy, task, starts, group, cfg.rl.max_turns, luck, training=True)
 
         # 3. Rewards, and the advantage of each rollout within its group.
@@ -1205,19 +1171,17 @@ def rl(policy, task, cfg, run, reference=None):
 
         # 4. Prefix masking: k for each fresh rollout.
         for n, e in enumerate(episodes):
-            e.advantage, rng = advantage[n], random.Random(f"{name} {e.start} {n % group}")
-            e.weights = turn_weights(e, cfg.rl.mask, rng)
+            e.advantage = advantage[n]
+            e.weights = turn_weights(e, cfg.rl.mask, random.Random(f"{name} {e.start} {n % group}"))
 
-        # 5. The gradient, a micro-batch at a time. Groups of equal rewards are left out, of the
-        #    KL term too (as in the paper): A is 0 in them.
+        # 5. The gradient, a micro-batch at a time. Where A is 0, as in groups of equal rewards, a
+        #    rollout is left out, of the KL term too (as in the paper).
         kept, seen = [e for e in episodes if abs(e.advantage) > 1e-6], Counter()
         for part in micro_batches(kept, cfg.policy.micro):
             logps, entropies = policy.log_probs(part)
-            with torch.no_grad(), LoRA.off():
+            with torch.no_grad(), lora_off():
                 references = reference.log_probs(part)[0] if reference else None
-            weights = [torch.tensor(e.weights, device=policy.device) for e in part]
-            loss = policy_loss(logps, [e.advantage for e in part], weights, rollouts,
-                               references, cfg.rl.kl)
+            loss = policy_loss(part, logps, rollouts, references, cfg.rl.kl)
             loss.backward()
             seen.update(figures_of(part, logps, entropies, references))
         sum_gradients(policy)
@@ -1251,8 +1215,8 @@ def ratio(values, count=None):
     count = len(values) if count is None else count
     return sum(values) / count if count else None
 
-def average(outcomes, figure):
-    return ratio([e[figure] for e in outcomes])
+def averages(outcomes, figures):
+    return {figure: ratio([e[figure] for e in outcomes]) for figure in figures.split()}
 
 def outcome(task, episode):
     """What an episode came to, as JSON can hold it. right: of each answer, given ones included;
@@ -1271,25 +1235,23 @@ def health(outcomes):
     fresh = [e for e in outcomes if not e["given"]]
     wrong = [e for e in outcomes if e["given"] and not e["right"][e["given"] - 1]]
     shown = [ok for e in fresh for ok in e["right"][: e["shown"]]]  # of each answer with feedback
-    return {**{key: average(fresh, key) for key in ("first", "final", "commit", "turns")},
-            **{key: average(outcomes, key) for key in ("reward", "well_formed", "repeats")},
+    return {**averages(fresh, "first final commit turns"),
+            **averages(outcomes, "reward well_formed repeats"),
             "rollins": ratio([e["given"] > 0 for e in outcomes]),
-            "rollin_repair": average(wrong, "final"),
+            "rollin_repair": ratio([e["final"] for e in wrong]),
             "rollin_commit_wrong": ratio([e["commit"] and e["turns"] == 1 for e in wrong]),
             "commit_wrong": ratio([e["commit"] and not e["final"] for e in fresh],
                                   shown.count(False))}
 
-
 # ==================== 11. Evaluation ==============================================================
 # Greedy play. The last answer counts, committed or not; how often it is committed stands apart.
 def repair(policy, task, failed, cfg, feedback=None):
-    """The outcomes of greedy play after given wrong first turns: failed: [(example, text), ...].
-    All models that are compared repair the same turns, those of the SFT model, so that none gains
-    by failing first. feedback: another picture than the true one. text None: the whole episode."""
-    starts = []
-    for number, (example, text) in share(list(enumerate(failed))):
-        spoken = [] if text is None else [[*policy.encode(text), policy.end_id]]
-        starts.append(continue_episode(policy, task, example, spoken, number, feedback))
+    """The outcomes of greedy play after given wrong first turns, [(example, text), ...]; of whole
+    episodes where there is no text, [(example,), ...]. All models that are compared repair the same
+    turns, those of the SFT model. So none gains by failing first. feedback: see `reply`."""
+    starts = [begin(policy, task, example, 0,
+                    [[*policy.encode(text), policy.end_id] for text in texts], feedback)
+              for example, *texts in share(failed)]
     episodes = play(policy, task, starts, 1, cfg.eval.max_turns, feedback=feedback)
     return gather([outcome(task, e) for e in episodes])
 
@@ -1297,21 +1259,21 @@ def probes(task, failed):
     """{name: feedback function}: pictures that are not true. Who corrects by looking is misled by
     them; who corrects from the text so far does as well as with true ones.
 
-    unmarked: without the answer. other_place: the same picture, but another wrong answer.
+    unmarked: without the mark. other_place: the same picture, but another wrong answer.
     other_picture: the picture and the answer of another question.
     """
     known = [(example, parse_turn(task, text)[2]) for example, text in failed]
-    after = {e["id"]: [*known[n + 1 :], *known[: n + 1]] for n, (e, _) in enumerate(known)}
+    others = {e["id"]: [*known[n + 1 :], *known[: n + 1]] for n, (e, _) in enumerate(known)}
 
     def other_place(example, answer):
-        for _, other in after[example["id"]]:
+        for _, other in others[example["id"]]:
             if not task.exact(example, other) and not task.same(answer, other):
                 return task.feedback(example, other)
         return task.feedback(example, answer, mark=False)
 
     def other_picture(example, answer):
-        other, its_answer = after[example["id"]][0]
-        return task.feedback(other, its_answer, mark=other is not example)  # the only one failed
+        other, its_answer = others[example["id"]][0]  # itself, where no other one failed
+        return task.feedback(other, its_answer, mark=other is not example)
 
     return {"unmarked": functools.partial(task.feedback, mark=False),
             "other_place": other_place, "other_picture": other_picture}
@@ -1323,8 +1285,7 @@ def bits(values):
 def rates(outcomes, most):
     """Figures of a split, rates in [0, 1]; None where nothing was counted. most: the turn limit.
     after_turn: the accuracy had it stopped after 1, 2, ... answers."""
-    return {"n": len(outcomes),
-            **{key: average(outcomes, key) for key in ("first", "final", "commit", "turns")},
+    return {"n": len(outcomes), **averages(outcomes, "first final commit turns"),
             "repair_own": ratio([e["final"] for e in outcomes if not e["first"]]),
             "break": ratio([not e["final"] for e in outcomes if e["first"]]),
             "after_turn": [ratio([e["right"][:n][-1] for e in outcomes])
@@ -1338,7 +1299,7 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
     rows, wrong, played = [], {}, {}
     for split in tqdm(task.splits, desc=title, unit="split", disable=worker() > 0):
         examples = task.examples(f"{cfg.eval.splits}_{split}")
-        outcomes = played[split] = repair(policy, task, [(e, None) for e in examples], cfg)
+        outcomes = played[split] = repair(policy, task, [(e,) for e in examples], cfg)
         wrong[split] = {e["id"]: e["answers"][0] for e in outcomes
                         if e["answers"] and not e["first"]}
         given = (fixed or wrong)[split]
@@ -1346,13 +1307,11 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
         row = {"split": split, "ood": split != "id", **rates(outcomes, cfg.eval.max_turns)}
         views = {"fixed": None} | (probes(task, failed) if cfg.eval.probes else {})
         for name, feedback in views.items():
-            after = {e["id"]: e for e in repair(policy, task, failed, cfg, feedback)}
-            row[f"repair_{name}"] = average(after.values(), "final")
-            row[f"repair_{name}_by_question"] = bits(
-                after[e["id"]]["final"] if e["id"] in after else None for e in examples)
+            right = {e["id"]: e["final"] for e in repair(policy, task, failed, cfg, feedback)}
+            row[f"repair_{name}"] = ratio(right.values())
+            row[f"repair_{name}_by_question"] = bits(right.get(e["id"]) for e in examples)
         rows.append(row)
     return rows, fixed or wrong, played
-
 
 # ==================== 12. A run ===================================================================
 # Workers are processes that hold the same model and a share of the questions each. `torchrun`
@@ -1367,7 +1326,8 @@ def share(items):
     return items[worker() :: workers()]
 
 def gather(items=()):
-    """The whole list, from what the workers made of their shares. All of them wait here."""
+    """The inverse of `share`: the whole list, from what the workers made of their shares. All of
+    them wait here; without items that is all it does."""
     parts = [items] * workers()
     if workers() > 1:
         dist.all_gather_object(parts, items)
@@ -1405,7 +1365,8 @@ class Run:
     """The folder of a run: settings.yaml, metrics.jsonl, checkpoints, and at the end the report. A
     run that was stopped goes on with the same command, to the same bytes."""
     def __init__(self, folder, flat, wait=False):
-        """Lock the folder. UserError if it holds a run of other settings."""
+        """Lock the folder. UserError if it holds a run of other settings, program, model or data.
+        A setting that is younger than the run counts as its default."""
         self.folder, self.began, self.stopping = Path(folder), time.time(), False
         self.stage, self.step = None, None
         self.metrics, file = self.folder / "metrics.jsonl", self.folder / "settings.yaml"
@@ -1420,11 +1381,10 @@ class Run:
         gather()
 
     def log(self, **figures):
-        line = {"stage": self.stage, "step": self.step}
-        for key, value in figures.items():  # JSON has no nan
-            if isinstance(value, float):
-                value = round(value, 6) if math.isfinite(value) else None
-            line[key] = value
+        line = {"stage": self.stage, "step": self.step, **figures}
+        for key, value in figures.items():
+            if isinstance(value, float):  # JSON has no nan
+                line[key] = round(value, 6) if math.isfinite(value) else None
         if worker() == 0:
             with open(self.metrics, "a") as out:
                 out.write(json.dumps(line) + "\n")
@@ -1613,7 +1573,8 @@ def run_main(function, words):
     handle_signals(signal.default_int_handler)
     code = 2
     try:
-        return function(words)
+        function(words)
+        return sys.stdout.flush()  # while a closed pipe can still be caught
     except KeyboardInterrupt:
         message, code = "stopped; the same command goes on from the last checkpoint", 130
     except UserError as error:

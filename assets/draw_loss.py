@@ -37,10 +37,12 @@ if __name__ == "__main__":
     starts = [vrrl.begin(policy, task, e, n) for n, e in enumerate(task.examples("train")[:150])]
     luck = vrrl.uniforms(policy, [str(start.start) for start in starts], 4, 4)
     fresh = vrrl.play(policy, task, starts, 4, 4, luck)
-    buffer = vrrl.Buffer(cfg.buffer, task.examples("train"))
+    buffer = vrrl.Buffer(cfg.buffer)
     for state in filter(None, (buffer.state_of(task, e) for e in reversed(fresh))):
         buffer.add(state)
-    starts = [buffer.start(policy, task, state, n) for n, state in enumerate(buffer.wrong)]
+    questions = {e["id"]: e for e in task.examples("train")}
+    starts = [vrrl.begin(policy, task, questions[key], n, spoken)
+              for n, (key, spoken, _) in enumerate(buffer.wrong)]
     rolled = vrrl.play(policy, task, starts, 4, 4, luck[: 4 * len(starts)])
     one, other = corrected(fresh, 1), corrected(rolled, 1)
     rows = [row(task, one, 1, "from a question, k = 1: every turn is in the loss"),
