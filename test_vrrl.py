@@ -938,7 +938,8 @@ def test_a_run_that_was_stopped_and_killed_ends_as_one_that_was_not(tmp_path):
 
 @pytest.mark.parametrize("name, content", [
     ("run/settings.yaml", "a: ["), ("run/settings.yaml", "- 1"), ("run/settings.yaml", "\0"),
-    ("sft-*/evaluation-*.json", "{"), ("sft-*/settings.yaml", "5"), ("sft-*/model/config.json", "")])
+    ("sft-*/evaluation-*.json", "{"), ("sft-*/model/config.json", ""),
+    ("sft-*/settings.yaml", "5")])
 def test_a_damaged_file_of_a_run_is_named_in_one_line(fails, tmp_path, name, content):
     shutil.copytree(whole().parent, tmp_path / "x")
     (tmp_path / "x" / "run" / "results.json").unlink()

@@ -9,7 +9,7 @@ and buffered roll-ins start from states in which the policy was wrong and had to
 
 The algorithm, with the default of each number beside its name (task `grounding`):
 
-    policy pi: a VLM after SFT on demonstrations      (sft.first_steps 300, sft.steps 60)
+    policy pi: a VLM after SFT on demonstrations      (sft.first_steps 600, sft.steps 60)
     D: two queues of states, wrong and right ones     (buffer.size 4000, buffer.right_share 0.3)
     repeat rl.steps 300 times:
         for each of rl.questions 32 questions:
@@ -818,8 +818,13 @@ def load_policy(name, cfg):
     if sum(p.numel() for p in model.parameters()) > 100_000_000:
         for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
             layer.forward = functools.partial(checkpointed, layer, layer.forward)
+    conv = model.model.visual.patch_embed.proj  # its kernel is its stride: a linear map, which is
+    conv.forward = functools.partial(as_linear, conv)  # twice as fast on a GPU
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: at each token
     return Policy(model.to(device).eval(), tokenizer, processor, cfg)
+
+def as_linear(conv, patches):
+    return torch.nn.functional.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
 
 def checkpointed(layer, forward, hidden, **rest):
     """Gradient checkpointing of a layer: only its input is kept. The library's own switch takes
