@@ -270,6 +270,9 @@ def make_map(rng, n, look, cell):
 
 
 # ==================== 2. Grounding ================================================================
+# The embedded model reads and says these words alone: find the red page check it say cells point
+# offset move far here up down left right path ice hole elf gift crash start found edge short past
+# longer exact, and 0 to 24. Its points are multiples of 4 pixels: a target has 4 or more a side.
 # Pictures with a question about one thing in them. `embedded`: 96 x 96 pixels and colours only, for
 # a small model that says coordinates in multiples of 4. `text`: words and numbers, for real models.
 
@@ -649,12 +652,17 @@ def find_file(folder, name):
     return path if there else None
 
 
-def check_example(record):
-    """UserError unless a record has what its task needs, within the size of its image."""
-    if "layout" in record:  # a map has no question, and a box only where its picture has a margin
-        if record.get("look") not in (*LOOKS, *MIXES):
-            raise UserError('"look" is missing or no name of a look')
-        record = {"question": "the way", "within": 0, "box": [0, 0, 2, 2]} | record
+def check_map(record):
+    """UserError unless a record of navigation can be used."""
+    check_layout(record.get("layout"))
+    if record.get("look") not in (*LOOKS, *MIXES):
+        raise UserError('"look" is missing or no name of a look')
+    # A map has no question, and a box only where its picture has a margin.
+    check_figure({"question": "the way", "within": 0, "box": [0, 0, 2, 2]} | record)
+
+
+def check_figure(record):
+    """UserError unless a record has a question, and a box within the size of its image."""
     if not isinstance(record.get("question"), str) or not record["question"].strip():
         raise UserError('"question" is missing or not a text')
     for key, count, least, form in (("size", 2, 1, "[width, height]"), ("within", 1, 0, "a number"),
@@ -694,7 +702,6 @@ def read_examples(path, check=lambda record: None):
             if not find_file(folder, record["image"]):
                 raise UserError(f"image {record['image']!r} is no file in the folder of this file")
             check(record)
-            check_example(record)
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         records[record["id"]] = record
@@ -764,6 +771,7 @@ def own_examples(file, check_text=lambda name, text: None):
         record.clear()
         record |= known | {"size": [*image.size], "within": 0}
         tenth = hashlib.sha256(image.tobytes()).digest()[0] % 10  # a copy stays in its part
+        check_figure(record)
         parts[{0: "dev_id", 1: "test_id"}.get(tenth, "train")].append(record)
 
     read_examples(file, sort)

@@ -1024,6 +1024,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(what, tmp_path, fails
     policy_of().save(tmp_path / "model")
     optimizer, run = vrrl.AdamW(policy_of()), vrrl.Run(tmp_path, {"a": 1})
     run.stage, run.step, before = "rl", 2, contents(tmp_path)
+    run.good, = tmp_path.glob("rl-*")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))  # of a file: as a full disk
     try:
@@ -1151,7 +1152,7 @@ def own(folder, *lines, count=24, size=(40, 30), box=(4, 5, 21, 25.5)):
     good = [json.dumps({**GOOD, "image": f"picture{n}.png", "box": box}) for n in range(count)]
     lines = [line if isinstance(line, str) else json.dumps({**GOOD, **line}) for line in lines]
     (folder / "my.jsonl").write_text("\n".join([good[0], *lines, *good[1:]]), "utf-8-sig")
-    return vrrl.Points(settings("task=points", f"data={folder / 'my.jsonl'}"))
+    return vrrl.OwnPoints(settings("task=points", f"data={folder / 'my.jsonl'}"))
 
 @pytest.mark.parametrize("line, reason", [
     ("{not json", "JSON"), ("[]", "JSON object"), ({"image": "none.png"}, "none.png"),
@@ -1192,7 +1193,7 @@ ENDS, CODES = ["\n"] * 9 + ["\r\n", "\n \n", "\r"], ["utf-8"] * 9 + ["utf-8-sig"
 @pytest.mark.parametrize("name, count", [("points", 1000), ("grounding", 300), ("navigation", 300)])
 def test_a_fuzzed_file_of_examples_is_read_rightly_or_named_with_its_line(tmp_path, name, count):
     task, rng, refused, file = own(tmp_path, count=12), random.Random(0), 0, tmp_path / "my.jsonl"
-    read = lambda: sum(vrrl.Points(task.cfg).own.values(), [])
+    read = lambda: sum(vrrl.OwnPoints(task.cfg).own.values(), [])
     if name != "points":
         task = vrrl.TASKS[name](settings(f"task={name}", f"data={tmp_path}", "make.train=12"))
         file, read = task.folder / "train.jsonl", lambda: task.examples("train")
@@ -1304,7 +1305,7 @@ def test_help_exits_0_and_names_every_setting_and_a_mistake_exits_2(capsys):
     assert (said.returncode, said.stderr) == (0, b"")
 
 # ==================== The repository ==============================================================
-LINES = {"vrrl.py": 1610, "data_prep.py": 960, "assets/make_embedded.py": 271,
+LINES = {"vrrl.py": 1620, "data_prep.py": 967, "assets/make_embedded.py": 265,
          "results/study.py": 350, "test_vrrl.py": 1340, "config.yaml": 170, "README.md": 200}
 PACKAGES = "numpy torch transformers tokenizers safetensors yaml tqdm PIL pytest vrrl data_prep"
 @pytest.mark.parametrize("name", LINES)
@@ -1327,11 +1328,11 @@ def test_every_setting_has_a_range_and_a_sentence_and_words_win_over_rows(tmp_pa
     cfg, flat = vrrl.read_config(["rl.steps=4", f"{tmp_path / 'my.yaml'}", "rl.rho=0.5"])
     assert (cfg.rl.steps, cfg.rl.std_norm, cfg.rl.rho, cfg.rl.mask) == (5, True, 0.5, "none")
     assert flat.keys() == TABLE.keys() and len(TABLE) <= 55
+    rows = {kind: [*CONFIG[f"{kind}s"]] for kind in ("task", "method", "profile")}
     for key, (default, allowed, sentence) in TABLE.items():
+        allowed = "|".join(rows[key]) if allowed == "rows" else allowed
         assert vrrl.check_value(key, default, default, allowed) == default and sentence
         assert allowed[:4] == "text" or ".." in allowed or "|" in allowed
-    rows = {kind: [*CONFIG[f"{kind}s"]] for kind in ("task", "method", "profile")}
-    assert all({*rows[kind]} == {*TABLE[kind][1].split("|")} for kind in rows)
     assert {*rows["task"]} == {*vrrl.TASKS}
     for words in itertools.product(*([f"{kind}={row}" for row in rows[kind]] for kind in rows)):
         vrrl.read_config(words)

@@ -5,7 +5,7 @@ about a picture, is shown what its answer does in the picture, and then commits 
 RL makes it right at once and lets it forget how to correct, since a correction earns no more than a
 right first answer. Corrections never come to use the picture, and they fail where pictures are new.
 VRRL makes the policy practise them: prefix masking (random turn masking, RTM) trains later turns,
-and buffered roll-ins start from states in which the policy was wrong and had to commit or correct.
+and buffered roll-ins start from past answers, mostly wrong ones, to be corrected or committed.
 
 The algorithm, with the default of each number beside its name (task `grounding`):
 
@@ -14,8 +14,8 @@ The algorithm, with the default of each number beside its name (task `grounding`
     repeat rl.steps 300 times:
         for each of rl.questions 32 questions:
             with probability rl.rho 0.6: start = the question
-            otherwise (a roll-in):       start = a state taken from D, if D has one; with
-                                         probability 0.3 a right one
+            otherwise (a roll-in):       start = a state from D, with probability 0.3 a right one
+                                         (the question, where that queue is empty)
             sample rl.samples G = 8 rollouts at policy.temperature 0.5, of rl.max_turns 6 new turns
                 at most; after each answer the policy is shown feedback: the answer in the picture
             R_i = max(1 if right, 0.1 + 0.9 r_i), 0 if malformed; r_i: progress of corrections
@@ -31,12 +31,13 @@ Read it from top to bottom, in the order in which an episode lives: 1 settings, 
 right), 3 conversation (turns as token ids), 4 policy (the VLM), 5 rollouts, 6 reward, 7 buffer,
 8 loss, 9 SFT, 10 RL (the loop above), 11 evaluation with probes, 12 a run (workers, checkpoints).
 
-What a fork changes, and where: a task is a subclass in section 2, a line in TASKS and a row of
-config.yaml; a method is a row of config.yaml; the reward is section 6; a model is `model=FOLDER`.
-Pictures are made in data_prep.py, which knows nothing of learning. `--help` lists all settings.
+What a fork changes, and where: a task is a subclass in section 2, a word in TASKS and a row of
+config.yaml; a method is a row of config.yaml, made of its settings; a mask is a line of
+`turn_weights` (section 8); the reward is section 6; a model is `model=FOLDER`. Pictures are made in
+data_prep.py, which knows nothing of learning. `python vrrl.py --help` lists all settings.
 """
-import atexit, contextlib, dataclasses, difflib, functools, hashlib, inspect, itertools, json
-import math, operator, os, platform, random, re, shutil, signal, sys, tempfile, time
+import atexit, contextlib, dataclasses, datetime, difflib, functools, hashlib, inspect, itertools
+import json, math, operator, os, platform, random, re, shutil, signal, sys, tempfile, time
 from collections import Counter, deque
 from pathlib import Path
 
@@ -131,9 +132,9 @@ class Task:
     """What the model learns. A new task is a subclass, a line in TASKS, and a row in config.yaml.
 
     An *example* is a dict with id, image (a path), size (width, height) and what the rules need.
-    An *answer* is what `parse` makes of the text inside <ANSWER>: any value that compares. Write
+    An *answer* is a tuple, which `parse` makes of the text inside <ANSWER>. Write
 
-        __init__(cfg)               super().__init__(cfg, plan, make), as Navigation does
+        __init__(cfg)               super().__init__(cfg, plan, make), as Grounding does
         splits                      names; "id" first, the others are out of distribution
         question(example)           (text before the picture, text after each feedback picture)
         parse(text)                 answer, or None
@@ -149,12 +150,13 @@ class Task:
     empty_final = False  # whether demonstrations commit with <FINAL></FINAL>
 
     def __init__(self, cfg, plan, make):
-        """Make the data, once. plan: {split: [arguments, ...]} with the splits train, dev_<name>
-        and test_<name>; `make(rng, *arguments)` gives the (record, image) of each item."""
+        """Make the data, once. plan: {"test_id": [(7, "snow"), ...], "dev_id": ..., "train": ...},
+        a tuple for each item; make(rng, 7, "snow") gives its (record, image): an example, to which
+        id, image and size are added, and a PIL image."""
         if Path(cfg.data).is_file():
             raise UserError(f"data={cfg.data} is a file: it needs task=points")
-        name = f"{cfg.task}-{data_prep.digest_of([plan, data_prep.digest(HERE / 'data_prep.py')])}"
-        self.cfg, self.folder = cfg, Path(cfg.data) / name
+        name = data_prep.digest_of([plan, cfg.nav.cell, data_prep.digest(HERE / "data_prep.py")])
+        self.cfg, self.folder = cfg, Path(cfg.data) / f"{cfg.task}-{name}"
         data_prep.make_folder(self.folder, cfg.task, plan, make)
 
     def examples(self, split):
@@ -199,21 +201,16 @@ class Task:
         return found
 
 class Points(Task):
-    """Visual grounding on one's own data: point into a box. `task=points data=FILE`, a JSONL file
-    of {"image", "question", "box": [x0, y0, x1, y1] in pixels}.
+    """Visual grounding: the rules of tasks that point into a box. An example has a question, its
+    box [x0, y0, x1, y1] in pixels, and `within` (see `exact`).
 
     An answer is (x, y), whole numbers from 0 to points.scale along each side; with scale 0, pixels
     as the model sees the picture. Feedback is a crop centred on the point. It shows where the
     target lies in the same way in every kind of picture, so corrections can carry over."""
     empty_final = True  # a small model miscopies coordinates: RL would only learn to copy
 
-    def __init__(self, cfg):
-        self.cfg, self.folder = cfg, Path(cfg.data).parent
-        tokenizer = load_tokenizer(source_of(cfg.model))
-        self.own = data_prep.own_examples(cfg.data, functools.partial(check_text, tokenizer))
-
-    def examples(self, split):
-        return self.own[split]
+    def check(self, example):
+        data_prep.check_figure(example)
     def question(self, example):
         points = self.cfg.points
         return points.question.replace("{question}", example["question"]), points.reply
@@ -253,7 +250,7 @@ class Points(Task):
         return (math.exp(-((d / (0.4 * s2)) ** 2)) + math.exp(-((d / s2) ** 2))) / 2
 
     def same(self, answer, other):
-        """Closer than a hundredth of the scale (of 1000 pixels): a jitter is no new answer."""
+        """Nearer than 1/100 of the scale (10 pixels at scale 0): a jitter is no new answer."""
         return answer == other or math.dist(answer, other) < (self.cfg.points.scale or 1000) / 100
 
     def feedback(self, example, answer, mark=True):
@@ -291,15 +288,23 @@ class Points(Task):
         words = (x, "left", "right"), (y, "up", "down")
         return " ".join(f"{a if n < 0 else b} {abs(n)}" for n, a, b in words if n) or "here"
 
+class OwnPoints(Points):
+    """One's own data: `task=points data=FILE`, a JSONL file of {"image", "question", "box"}."""
+    def __init__(self, cfg):
+        self.cfg, self.folder = cfg, Path(cfg.data).parent
+        tokenizer = load_tokenizer(source_of(cfg.model))
+        self.own = data_prep.own_examples(cfg.data, functools.partial(check_text, tokenizer))
+
+    def examples(self, split):
+        return self.own[split]
+
 class Grounding(Points):
     """The paper's grounding experiment: trained on small tables alone; out of distribution are
     large tables, bar charts, scatter plots, and with points.kind=text inner cells of tables."""
-    examples = Task.examples
-
     def __init__(self, cfg):
         plan = data_prep.figure_plan(cfg.points.kind, cfg.make.train, cfg.make.test)
         self.splits = [name.removeprefix("test_") for name in plan if name.startswith("test_")]
-        Task.__init__(self, cfg, plan, data_prep.make_figure)
+        super().__init__(cfg, plan, data_prep.make_figure)
 
 class Navigation(Task):
     """Spatial navigation on a frozen lake: a shortest way from the elf to the gift, around holes.
@@ -316,7 +321,7 @@ class Navigation(Task):
             super().__init__(cfg, plan, functools.partial(data_prep.make_map, cell=cfg.nav.cell))
 
     def check(self, example):
-        data_prep.check_layout(example.get("layout"))
+        data_prep.check_map(example)
     def question(self, example):
         return self.cfg.nav.question, self.cfg.nav.reply
     def parse(self, text):
@@ -375,7 +380,7 @@ class Navigation(Task):
         path, exact = list(self.right(example, rng)), functools.partial(self.exact, example)
         return tuple(data_prep.wrong_path(example["layout"], path, exact, rng))
 
-TASKS = {"grounding": Grounding, "points": Points, "navigation": Navigation}
+TASKS = {"grounding": Grounding, "points": OwnPoints, "navigation": Navigation}
 
 # ==================== 3. Conversation =============================================================
 # The policy says one ANSWER or one FINAL, perhaps after a THINK. A turn keeps the token ids that
@@ -422,7 +427,7 @@ class Picture:
 class Turn:
     """One turn of the policy, and what the user shows next."""
     ids: list  # as sampled, with the end token unless the turn was cut off at policy.max_new
-    loss_tokens: list  # for each id, whether it may enter a loss (a forced token may not)
+    loss_tokens: list  # for each id, may it enter a loss? (not if forced, or not taught)
     logps: list = ()  # with which they were sampled
     kind: str = "answer"
     thought: str | None = None
@@ -508,7 +513,8 @@ class LoRA(torch.nn.Module):
     def __init__(self, linear, rank):
         super().__init__()
         self.linear, like = linear, linear.weight
-        self.a = torch.nn.Parameter(torch.randn_like(like[:rank]) / like.shape[1] ** 0.5)
+        a = torch.randn_like(like[:1].repeat(rank, 1)) / like.shape[1] ** 0.5
+        self.a = torch.nn.Parameter(a)
         self.b = torch.nn.Parameter(torch.zeros_like(like[:, :1]).repeat(1, rank))
 
     def forward(self, x):
@@ -933,8 +939,8 @@ def uniforms(policy, names, samples, turns):
     many workers share the questions, and stopping a run and going on changes nothing."""
     size = (samples, turns, policy.cfg.policy.max_new)
     seeds = [int(hashlib.sha256(name.encode()).hexdigest()[:15], 16) for name in names]
-    found = torch.cat([torch.rand(size, generator=torch.Generator().manual_seed(seed),
-                                  dtype=torch.float64) for seed in seeds])
+    found = torch.cat([torch.empty(0, *size[1:]), *(torch.rand(
+        size, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds)])
     return (found.float() if policy.device.type == "mps" else found).to(policy.device)
 
 # ==================== 6. Reward ===================================================================
@@ -975,8 +981,8 @@ class Buffer:
 
     def state_of(self, task, episode):
         """The state of a fresh episode that is stored, or None. store=committed: its end, with the
-        FINAL cut off. store=drawn: at its first wrong answer that was drawn for feedback, or, if
-        there is none, at its last answer."""
+        FINAL cut off. store=drawn: at its first wrong answer that was drawn for feedback, or else
+        at its last drawn one."""
         committed = self.cfg.store == "committed"
         shown = [n for n, turn in enumerate(episode.turns) if turn.picture is not None]
         if episode.given or not shown or committed and not episode.committed:
@@ -999,12 +1005,11 @@ class Buffer:
 # depend on the actions drops out, since E[grad log pi] = 0, and lowers the variance. The mean
 # reward of the other G - 1 rollouts of the same start is such a baseline.
 #
-# Prefix masking weighs turn t of T new turns by m_t in {0, 1}. A fixed mask keeps the estimate
-# unbiased for the turns that it keeps. But T, and with it k ~ U{1..T}, depends on a_t and on what
-# follows: a commit ends the episode. On average turn t weighs t/T, early turns of long episodes
-# count less, and the baseline no longer drops out. This bias is the method's own. Roll-ins need no
-# mask: their given turns are not trained, and all G rollouts share them, so that the baseline holds
-# the good or bad luck in them.
+# Prefix masking weighs turn t of T new turns by m_t in {0, 1}, on average by t/T. A fixed mask
+# keeps the estimate unbiased for the turns that it keeps. But T depends on a_t: a commit ends the
+# episode. So E[t/T b grad log pi(a_t)] is not 0: b does not drop out, and early turns of long
+# episodes count less. This bias is the method's own. Roll-ins need no mask: their given turns are
+# not trained, and all G rollouts share them: the baseline holds the good or bad luck in them.
 def turn_weights(episode, mask, rng):
     """The weight in the loss of every action token of an episode (paper: random turn masking).
     none: 1. random: turns k..T weigh 1, k ~ U{1..T}. expected: turn t weighs t/T, its average."""
@@ -1099,7 +1104,7 @@ def demonstration(policy, task, example, turns, start):
 
 def sft(policy, task, cfg, run):
     """Supervised fine-tuning, twice: `first` teaches first answers alone, `sft` demonstrations.
-    The loss is the mean negative log-prob of the tokens that are taught."""
+    The loss: the mean negative log-prob of the taught tokens, at the sampling temperature."""
     traces = task.demonstrations()
     check_words(policy, [text for example, turns in traces
                          for text in (*task.question(example), *(text for text, _ in turns))])
@@ -1155,13 +1160,13 @@ def rl(policy, task, cfg, run, reference=None):
         # 1. Starts: a question, or a state in which the policy had to commit or correct.
         name, plan = f"{cfg.seed} {step}", []
         rng = random.Random(name)
-        for question in batch_of([*questions], cfg.rl.questions, step, cfg.seed):
+        for key in batch_of([*questions], cfg.rl.questions, step, cfg.seed):
             state = buffer.take(rng) if rng.random() >= cfg.rl.rho else None
-            plan.append((len(plan), *(state or (question, (), True))))
+            plan.append((len(plan), *(state or (key, (), True))))
         mine = share(plan)  # of this worker
         starts = [begin(policy, task, questions[key], n, spoken) for n, key, spoken, _ in mine]
         for start, (*_, right) in zip(starts, mine):
-            # The authors force a THINK after a wrong state: then nothing is left to decide.
+            # The authors force a THINK after a wrong state: it can then not be committed.
             start.force_think = cfg.buffer.force_think and not right
 
         # 2. G rollouts from each start, turn by turn.
@@ -1171,7 +1176,7 @@ def rl(policy, task, cfg, run, reference=None):
         # 3. Rewards, and the advantage of each rollout within its group.
         for e in episodes:
             e.reward = reward(task, e, cfg.reward)
-        rewards = torch.tensor([e.reward for e in episodes]).view(-1, group)
+        rewards = torch.tensor([e.reward for e in episodes]).view(len(starts), group)
         advantage = advantages(rewards, cfg.rl.std_norm).flatten().tolist()
 
         # 4. Prefix masking: k for each fresh rollout.
@@ -1261,10 +1266,10 @@ def repair(policy, task, failed, cfg, feedback=None):
     return gather([outcome(task, e) for e in episodes])
 
 def probes(task, failed):
-    """{name: feedback function}: pictures that are not true. Who corrects by looking is misled by
-    them; who corrects from the text so far does as well as with true ones.
+    """{name: feedback function}: false pictures, in all turns. Who corrects by looking does worse
+    than with true ones; who corrects from the text so far does as well.
 
-    unmarked: without the mark. other_place: the same picture, but another wrong answer.
+    unmarked: no mark (a crop stays where it is). other_place: another wrong answer, or no mark.
     other_picture: the picture and the answer of another question.
     """
     known = [(example, parse_turn(task, text)[2]) for example, text in failed]
@@ -1320,7 +1325,7 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
 
 # ==================== 12. A run ===================================================================
 # Workers are processes that hold the same model and a share of the questions each. `torchrun`
-# starts them, or `main` does, one for each core. `share`, `gather` and `sum_gradients` are all
+# starts them, or `start_workers`, up to 4 on a CPU. `share`, `gather` and `sum_gradients` are all
 # that training knows of them. Worker 0 alone prints and writes.
 def worker():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -1346,23 +1351,26 @@ def sum_gradients(policy):
         if p.requires_grad and workers() > 1:
             dist.all_reduce(p.grad)
 
+DAY = datetime.timedelta(days=1)  # one may wait so long for an SFT model that another run makes
+
 def start_workers(cfg):
     """Join the workers that `torchrun` started, or fork cfg.workers of them on this machine. A
     worker that ends breaks the connections of the others, which then end too (`run_main`)."""
     cores, on_cpu, children = os.cpu_count(), device_of(cfg).type == "cpu", []
     count = cfg.workers or (min(4, cores) if on_cpu else 1)
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group("gloo" if on_cpu else "nccl")
+        dist.init_process_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl", timeout=DAY)
         count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     elif count > 1:
         meet, rank = f"file://{tempfile.mktemp(prefix='vrrl-workers-')}", 0
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
         while rank == 0 and len(children) < count - 1:
             children.append(os.fork())
             rank = 0 if children[-1] else len(children)
         for child in children if rank == 0 else ():
             atexit.register(os.kill, child, signal.SIGKILL)  # it has nothing to lose
-        dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=count)
+        atexit.register(Path(meet[7:]).unlink, missing_ok=True)
+        dist.init_process_group("gloo", init_method=meet, timeout=DAY, rank=rank, world_size=count)
     sys.stdout = sys.stdout if worker() == 0 else open(os.devnull, "w")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, cores // count))))
 
@@ -1373,7 +1381,7 @@ class Run:
         """Lock the folder. UserError if it holds a run of other settings, program, model or data.
         A setting that is younger than the run counts as its default."""
         self.folder, self.began, self.stopping = Path(folder), time.time(), False
-        self.stage, self.step = None, None
+        self.stage, self.step, self.good = None, None, None  # good: the last checkpoint
         self.metrics, file = self.folder / "metrics.jsonl", self.folder / "settings.yaml"
         if worker() == 0:
             self.lock = data_prep.lock(self.folder, wait)
@@ -1381,7 +1389,8 @@ class Run:
             for key, value in flat.items():
                 if before.get(key) != value and key not in ("run", "data", "mode"):
                     raise UserError(f"{self.folder} holds a run with {key}={before.get(key)}, now "
-                                    f"{value}: give run=ANOTHER_NAME or remove it")
+                                    f"{value} (program: vrrl.py and data_prep.py): give "
+                                    "run=ANOTHER_NAME or remove it")
             write_file(file, yaml.safe_dump(flat, sort_keys=False))
         gather()
 
@@ -1389,7 +1398,7 @@ class Run:
         line = {"stage": self.stage, "step": self.step, **figures}
         for key, value in figures.items():
             if isinstance(value, float):  # JSON has no nan
-                line[key] = round(value, 6) if math.isfinite(value) else None
+                line[key] = float(f"{value:.6g}") if math.isfinite(value) else None
         if worker() == 0:
             with open(self.metrics, "a") as out:
                 out.write(json.dumps(line) + "\n")
@@ -1422,10 +1431,10 @@ class Run:
         self.stopping = True
 
     def save(self, optimizer, buffer):
-        """A checkpoint: weights, optimizer, buffer and the number of the step. That is all, since
-        randomness hangs on the seed and that number alone. The digest in its name tells of damage;
-        for that case the one before it is kept too."""
-        for old in sorted(self.folder.glob(f"{self.stage}-*.safetensors"))[:-1]:
+        """A checkpoint: trained weights, optimizer, buffer and the number of the step. That is all,
+        since randomness hangs on seed and step alone, and other weights are the model's. The digest
+        in its name tells of damage; for that case the last good one is kept too."""
+        for old in {*self.folder.glob(f"{self.stage}-*.safetensors")} - {self.good}:
             old.unlink()
         states = json.dumps([*buffer.wrong, *buffer.right] if buffer else []).encode()
         content = optimizer.state() | {"states": torch.tensor([*states], dtype=torch.uint8)}
@@ -1433,21 +1442,21 @@ class Run:
         try:
             safetensors.torch.save_file(content, temporary)
             name = f"{self.stage}-{self.step:07d}-{data_prep.digest(temporary)}.safetensors"
-            os.replace(temporary, self.folder / name)
+            self.good = temporary.rename(self.folder / name)
         finally:  # of a full disk
             temporary.unlink(missing_ok=True)
 
     def load(self, optimizer, buffer):
         """Restore the stage's last good checkpoint and cut the log back to it. Its step, or 0."""
-        done = 0
+        self.good, done = None, 0
         for file in sorted(self.folder.glob(f"{self.stage}-*.safetensors")):
             _, step, digest = file.stem.split("-")
             if data_prep.digest(file) == digest:
-                good, done = file, int(step)
+                self.good, done = file, int(step)
             else:
                 print(f"{file} is damaged; the one before it is used", file=sys.stderr)
         if done:
-            with safetensors.safe_open(good, "pt") as found:
+            with safetensors.safe_open(self.good, "pt") as found:
                 for name, tensor in optimizer.state().items():
                     tensor.copy_(found.get_tensor(name))
                 for state in json.loads(bytes(found.get_tensor("states").tolist())):
@@ -1461,9 +1470,9 @@ class Run:
 
     def finish(self, **content):
         """Write results.json, which says that the run is done, and remove the checkpoints."""
-        on_gpu = torch.cuda.is_available()
+        on_gpu = torch.cuda.is_initialized()
         about = {"seconds": round(time.time() - self.began, 1), "workers": workers(),
-                 "device": torch.cuda.get_device_name() if on_gpu else platform.processor(),
+                 "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
                  "torch": torch.__version__, "transformers": transformers.__version__}
         write_file(self.folder / "results.json", json.dumps({**content, "about": about}, indent=1))
         for file in self.folder.glob("*.safetensors"):
@@ -1471,13 +1480,14 @@ class Run:
 
 def fingerprint(cfg):
     """What a result hangs on beside the settings: the contents of program, model and data."""
-    folder = Path(source_of(cfg.model))
-    if not folder.is_dir():
-        folder = Path(transformers.utils.cached_file(str(folder), "config.json")).parent
-    model = sorted(file for file in folder.glob("*") if file.is_file())
-    found = {"program": data_prep.digest(HERE / "vrrl.py", HERE / "data_prep.py"),
-             "model_files": data_prep.digest(*model), "workers": workers()}
-    return found | ({"data_file": data_prep.digest(cfg.data)} if Path(cfg.data).is_file() else {})
+    name = source_of(cfg.model)
+    if Path(name).is_dir():
+        model = data_prep.digest(*sorted(f for f in Path(name).glob("*") if f.is_file()))
+    else:  # of the hub: the commit, since its files may come later
+        model = Path(transformers.utils.cached_file(name, "config.json")).parent.name
+    data = [f for f in (Path(cfg.data), Path(cfg.data, "data.json")) if f.is_file()]
+    return {"program": data_prep.digest(HERE / "vrrl.py", HERE / "data_prep.py"),
+            "model_files": model, "data_file": data_prep.digest(*data), "workers": workers()}
 
 def sft_model(words, task, parent):
     """(policy, folder) of the SFT model. Methods with equal SFT settings share it."""
@@ -1485,7 +1495,7 @@ def sft_model(words, task, parent):
     others = "method", "profile", "mode", "run", "data", "rl", "reward", "buffer", "eval"
     decides = {k: v for k, v in flat.items() if k.split(".")[0] not in others} | fingerprint(cfg)
     run = Run(parent / f"sft-{data_prep.digest_of(decides)}", decides, wait=True)
-    if any(gather([not (run.folder / "model" / "config.json").is_file()])):
+    if any(gather([not (run.folder / "results.json").is_file()])):
         policy = load_policy(cfg.model, cfg)
         sft(policy, task, cfg, run)
         if worker() == 0:
@@ -1503,10 +1513,10 @@ def train(cfg, flat, words, folder):
     if (folder / "results.json").is_file():
         return print((folder / "report.md").read_text())
     # The model that all methods are compared with. They repair its wrong first turns.
-    base, base_folder = sft_model([*words, "method=sft"], task, folder.parent)
+    policy, base_folder = sft_model([*words, "method=sft"], task, folder.parent)
     file = base_folder / f"evaluation-{data_prep.digest_of(dataclasses.asdict(cfg.eval))}.json"
     if any(gather([not file.is_file()])):
-        rows, fixed, _ = evaluate(base, task, cfg, title="evaluate sft")
+        rows, fixed, _ = evaluate(policy, task, cfg, title="evaluate sft")
         if worker() == 0:
             write_file(file, json.dumps([rows, fixed]))
         gather()
@@ -1518,8 +1528,8 @@ def train(cfg, flat, words, folder):
             reference = policy if cfg.policy.lora else load_policy(sft_folder / "model", cfg)
         rl(policy, task, cfg, run, reference)
         if weight_sum(policy) == before:
-            raise UserError("RL changed no weight: all rollouts of a start had equal rewards in "
-                            "every step, or the loss is broken")
+            raise UserError("RL changed no weight: in every step all rollouts of a start had equal "
+                            "rewards (all wrong: raise sft.first_steps), or the loss is broken")
     own, _, played = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}")
     if worker() == 0:
         policy.save(folder / "model")
@@ -1550,8 +1560,10 @@ def report(run, task, models, played, *folders):
 def main(words):
     if {"-h", "--help", "help"} & set(words):
         print("usage: python vrrl.py [FILE.yaml] [key=value ...]\n")
-        for key, entry in flatten(read_yaml(HERE / "config.yaml")["settings"]).items():
-            print(f"  {key}={entry[0]}\n      {entry[2]} ({entry[1]})")
+        config = read_yaml(HERE / "config.yaml")
+        for key, (default, allowed, what) in flatten(config["settings"]).items():
+            allowed = "|".join(config[key + "s"]) if allowed == "rows" else allowed
+            print(f"  {key}={default}\n      {what} ({allowed})")
         return
     cfg, flat = read_config(words)
     source_of(cfg.model)  # what is wrong with it is said before any work
@@ -1592,7 +1604,7 @@ def run_main(function, words):
     except (RuntimeError, MemoryError) as error:
         if "gloo" in str(error):
             message, code = "error: another worker has ended", 1
-        elif "memory" in f"{error!r}".lower():  # torch has a class of its own for GPUs alone
+        elif re.search("out of memory|(enough|allocate) memory|MemoryError", f"{error!r}", re.I):
             message = "error: out of memory: lower policy.rows, policy.micro or policy.max_new"
         else:
             raise

@@ -1,6 +1,4 @@
-"""How assets/embedded was made: `python assets/make_embedded.py [FOLDER] [seed=0] [first=0]`.
-
-first: the number of the stage to begin with, on the weights in FOLDER; 0 begins with random ones.
+"""How the weights in assets/embedded were made: `python assets/make_embedded.py [FOLDER] [seed=0]`.
 
 The default model is small enough for a CPU, but it is a real Qwen3-VL, made from a config. It comes
 with eyes: as a downloaded VLM has seen pictures of all kinds, this one has learnt to say what is in
@@ -12,7 +10,8 @@ pictures of all splits. It is never asked where a target is in a picture, nor fo
     say the offset   on a crop: where the red thing lies, "left 3 up 1", "far" or "here"
     move left 3 up 1 the coordinates after that move from the last point that was said
 
-The last two are what corrections need: measuring and adding, which a real VLM brings along.
+The last two are what corrections need: measuring and adding, which a real VLM brings along. The
+weights in assets/embedded are from commit 92a0fbd, where small tables nearly filled the canvas.
 """
 import collections
 import math
@@ -121,11 +120,10 @@ def random_walk(rng, size, start):
         covered.add(at)
     return moves, covered
 
-SHAPES = (("bars", (6, 11)), ("scatter", (10, 24)), ("table", (4, 7)), ("table", (9, 13)))
+SHAPES = (("bars", (6, 9)), ("scatter", (10, 16)), ("table", (4, 7)), ("table", (9, 11)))
 
-def pointing_talk(rng, pictures, moves, task):
-    """One figure: a point on the whole of it, then crops around the point as it moves. moves: the
-    share of the crops that come with a move to add, not with the question for the offset."""
+def pointing_talk(rng, pictures, task):
+    """One figure: a point on the whole of it, then crops around the point as it moves."""
     shape, size = rng.choice(SHAPES)
     record, image = data_prep.make_figure(rng, shape, size)
     example, scale = {**record, "size": image.size}, task.cfg.points.scale
@@ -147,7 +145,7 @@ def pointing_talk(rng, pictures, moves, task):
     talk = [(hairs, "say the point", task.say(point))]
     while len(talk) < pictures:
         shown = crop(image, example, point, task)
-        if rng.random() >= moves:
+        if rng.random() < 0.5:
             talk.append((shown, "say the offset", task.thought(example, point)))
             continue
         reach = rng.randint(1, 6)
@@ -189,12 +187,10 @@ def lesson(policy, talk, number):
 
 # ---- training
 
-# Title, updates, length of the rate's cosine in updates, its peak, conversations an update, most
-# pictures of one, share of moves.
-STAGES = (("single pictures", 600, 600, 1.5e-3, 256, 1, 0.5),
-          ("conversations", 400, 1600, 1.5e-3, 256, 6, 0.5),
-          ("more conversations", 300, 420, 1.3e-3, 256, 6, 0.5),
-          ("moves", 600, 650, 1e-3, 96, 9, 0.8))
+# Title, updates, length of the rate's cosine in updates, most pictures, peak of the rate.
+STAGES = (("single pictures", 600, 600, 1, 1.5e-3), ("conversations", 400, 1600, 6, 1.5e-3),
+          ("more conversations", 300, 420, 6, 1.3e-3))
+BATCH = 256  # conversations an update
 
 def start_maker(words, folder):
     """What a process that makes lessons needs: the tokenizer, in a policy that is never trained."""
@@ -205,12 +201,12 @@ def start_maker(words, folder):
     start_maker.task.cfg = cfg
 
 def make_batch(job):
-    """(episodes, talks) of one update; job: (seed, stage, step, size, most pictures, moves)."""
+    """(episodes, talks) of one update; job: (seed, stage, step, most pictures)."""
     rng, talks, episodes = random.Random(f"{job[:3]}"), [], []
-    for number in range(job[3]):
-        pictures = rng.randint(1, job[4])
-        talks.append(navigation_talk(rng, min(6, pictures)) if number % 3 == 0 else
-                     pointing_talk(rng, pictures, job[5], start_maker.task))
+    for number in range(BATCH):
+        pictures = rng.randint(1, job[3])
+        talks.append(navigation_talk(rng, pictures) if number % 3 == 0 else
+                     pointing_talk(rng, pictures, start_maker.task))
         episodes.append(lesson(start_maker.policy, talks[-1], number))
     return episodes, [[(question, answer) for _, question, answer in talk] for talk in talks]
 
@@ -227,20 +223,18 @@ def in_advance(makers, jobs, most=40):
 def main(words):
     words = ["policy.temperature=1.0", "policy.freeze_vision=no", "policy.dtype=float32", *words]
     folder = next((Path(word) for word in words if "=" not in word), HERE / "embedded")
-    first = [int(word[6:]) for word in words if word.startswith("first=")][-1:] or [0]
-    words = [word for word in words if "=" in word and not word.startswith("first=")]
+    words = [word for word in words if "=" in word]
     cfg, _ = vrrl.read_config(words)
-    if first == [0]:
-        vrrl.Policy(*build(cfg.seed), cfg).save(folder)
+    vrrl.Policy(*build(cfg.seed), cfg).save(folder)
     policy, began = vrrl.load_policy(folder, cfg), time.time()
     makers = multiprocessing.get_context("spawn").Pool(
         max(1, os.cpu_count() - 1), start_maker, (words, folder))
-    for stage, steps, wave, peak, size, most, moves in STAGES[first[0]:]:
+    for stage, steps, wave, most, peak in STAGES:
         optimizer, seen = vrrl.AdamW(policy), {}
-        jobs = [(cfg.seed, stage, step, size, most, moves) for step in range(1, steps + 1)]
+        jobs = [(cfg.seed, stage, step, most) for step in range(1, steps + 1)]
         for step, (episodes, talks) in enumerate(in_advance(makers, jobs), 1):
             tokens = sum(len(e.actions) for e in episodes)
-            for part in vrrl.micro_batches(episodes, 256):
+            for part in vrrl.micro_batches(episodes, BATCH):
                 logps, _ = policy.log_probs(part)
                 (-torch.cat(logps).sum() / tokens).backward()
                 if step % 50 > 44:
