@@ -854,22 +854,31 @@ def test_figures_of_an_evaluation_by_hand():
     assert "| m | far | 4 | 50.0 | 50.0 | 50.0 | - | 50.0 | 75.0 | 2.25 |" in lines
     assert "ood** | 8 | 50.0 | 35.0 |" in lines
 
-def test_all_models_repair_the_same_first_turns_and_probes_show_what_they_say():
+def test_all_models_repair_the_same_first_turns_and_probes_show_what_they_say(monkeypatch):
     policy, task, cfg = policy_of("taught"), made("grounding"), settings("eval.probes=yes")
     _, fixed, _ = vrrl.evaluate(policy, task, cfg)
     rows, same, _ = vrrl.evaluate(policy_of(), task, cfg, fixed)  # another model
     assert same == fixed and sum(map(len, fixed.values())) > 3
-    for row, name in itertools.product(rows, ("fixed", "unmarked", "other_place", "other_picture")):
+    views = "fixed", "unmarked", "other_place", "other_picture", "blank", "hidden"
+    for row, name, of in itertools.product(rows, views, ("repair", "once")):
         ids = [e["id"] for e in task.examples(f"test_{row['split']}")]
-        asked = [i for i, bit in zip(ids, row[f"repair_{name}_by_question"]) if bit != "-"]
+        asked = [i for i, bit in zip(ids, row[f"{of}_{name}_by_question"]) if bit != "-"]
         assert asked == [i for i in ids if i in fixed[row["split"]]]
     one, two, three = task.examples("train")[:3]
     found = vrrl.probes(task, [*zip((one, two, three), said("A 0 0; A 1 24; A 24 1"))])
-    assert found["unmarked"](one, (0, 0)) == task.feedback(one, (0, 0), mark=False)
-    assert found["other_place"](one, (0, 0)) == task.feedback(one, (1, 24))
-    assert found["other_picture"](one, (0, 0)) == task.feedback(two, (1, 24))
+    shown = {n: view["feedback"](one, (0, 0)) for n, view in found.items() if n != "hidden"}
+    assert shown["unmarked"] == task.feedback(one, (0, 0), mark=False)
+    assert shown["other_place"] == task.feedback(one, (1, 24))
+    assert shown["other_picture"] == task.feedback(two, (1, 24))
+    assert shown["blank"].getcolors() == [(48 * 48, (128, 128, 128))]
     alone = vrrl.probes(task, [(one, said("A 0 0")[0])])  # nothing false but the missing mark
-    assert alone["other_picture"](one, (0, 0)) == task.feedback(one, (0, 0), mark=False)
+    assert alone["other_picture"]["feedback"](one, (0, 0)) == shown["unmarked"]
+    starts, play = [], vrrl.play
+    monkeypatch.setattr(vrrl, "play", lambda p, t, s, *a: starts.extend(s) or play(p, t, s, *a))
+    vrrl.repair(policy, task, [(one, said("A 0 0")[0])], cfg, **found["hidden"])
+    (start,) = starts
+    assert start.question_picture.image.getcolors() == [(96 * 96, (128, 128, 128))]
+    assert start.given[0].picture.image == task.feedback(one, (0, 0))
 
 # ==================== Runs ========================================================================
 def words_of(folder, *more):
@@ -1305,8 +1314,8 @@ def test_help_exits_0_and_names_every_setting_and_a_mistake_exits_2(capsys):
     assert (said.returncode, said.stderr) == (0, b"")
 
 # ==================== The repository ==============================================================
-LINES = {"vrrl.py": 1620, "data_prep.py": 967, "assets/make_embedded.py": 265,
-         "results/study.py": 350, "test_vrrl.py": 1340, "config.yaml": 170, "README.md": 200}
+LINES = {"vrrl.py": 1635, "data_prep.py": 967, "assets/make_embedded.py": 265,
+         "results/study.py": 350, "test_vrrl.py": 1350, "config.yaml": 170, "README.md": 200}
 PACKAGES = "numpy torch transformers tokenizers safetensors yaml tqdm PIL pytest vrrl data_prep"
 @pytest.mark.parametrize("name", LINES)
 def test_files_stay_short_and_import_few_packages(name):

@@ -43,6 +43,7 @@ from pathlib import Path
 
 import numpy as np
 import safetensors.torch, torch, transformers, yaml
+from PIL import Image
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
@@ -856,10 +857,10 @@ def checkpointed(layer, forward, hidden, **rest):
     return hidden
 
 # ==================== 5. Rollouts =================================================================
-def begin(policy, task, example, start=0, spoken=(), feedback=None):
+def begin(policy, task, example, start=0, spoken=(), feedback=None, image=None):
     """An episode before its first new turn: after the question, or after given turns (`spoken`, the
-    ids of each) and the feedback to them."""
-    picture = Picture(task.image(example), policy.processor)
+    ids of each) and the feedback to them. image: another one than the question's, for probes."""
+    picture = Picture(image or task.image(example), policy.processor)
     head = policy.place(policy.prompt(*task.question(example))[0], picture)
     episode = Episode(example, head, picture, start)
     for ids in spoken:
@@ -1255,22 +1256,26 @@ def health(outcomes):
 
 # ==================== 11. Evaluation ==============================================================
 # Greedy play. The last answer counts, committed or not; how often it is committed stands apart.
-def repair(policy, task, failed, cfg, feedback=None):
+def repair(policy, task, failed, cfg, feedback=None, hidden=False):
     """The outcomes of greedy play after given wrong first turns, [(example, text), ...]; of whole
     episodes where there is no text, [(example,), ...]. All models that are compared repair the same
-    turns, those of the SFT model. So none gains by failing first. feedback: see `reply`."""
-    starts = [begin(policy, task, example, 0,
-                    [[*policy.encode(text), policy.end_id] for text in texts], feedback)
-              for example, *texts in share(failed)]
-    episodes = play(policy, task, starts, 1, cfg.eval.max_turns, feedback=feedback)
+    turns, those of the SFT model. So none gains by failing first. feedback: what is shown after the
+    given turn, see `reply`; hidden: the question's picture is grey."""
+    starts = []
+    for example, *texts in share(failed):
+        grey = Image.new("RGB", task.image(example).size, "#808080") if hidden else None
+        spoken = [[*policy.encode(text), policy.end_id] for text in texts]
+        starts.append(begin(policy, task, example, 0, spoken, feedback, grey))
+    episodes = play(policy, task, starts, 1, cfg.eval.max_turns)
     return gather([outcome(task, e) for e in episodes])
 
 def probes(task, failed):
-    """{name: feedback function}: false pictures, in all turns. Who corrects by looking does worse
-    than with true ones; who corrects from the text so far does as well.
+    """{name: arguments of `repair`}: pictures that are not true, after the given turn alone. If the
+    next answer is right as often as with the true ones, it was not read from that picture.
 
     unmarked: no mark (a crop stays where it is). other_place: another wrong answer, or no mark.
-    other_picture: the picture and the answer of another question.
+    other_picture: the picture and the answer of another question. blank: a grey one with nothing
+    on it. hidden: the true feedback, but a grey picture in place of the question's.
     """
     known = [(example, parse_turn(task, text)[2]) for example, text in failed]
     others = {e["id"]: [*known[n + 1 :], *known[: n + 1]] for n, (e, _) in enumerate(known)}
@@ -1285,8 +1290,12 @@ def probes(task, failed):
         other, its_answer = others[example["id"]][0]  # itself, where no other one failed
         return task.feedback(other, its_answer, mark=other is not example)
 
-    return {"unmarked": functools.partial(task.feedback, mark=False),
-            "other_place": other_place, "other_picture": other_picture}
+    def blank(example, answer):
+        return Image.new("RGB", task.feedback(example, answer).size, "#808080")
+
+    views = {"unmarked": functools.partial(task.feedback, mark=False), "blank": blank,
+             "other_place": other_place, "other_picture": other_picture}
+    return {name: {"feedback": view} for name, view in views.items()} | {"hidden": {"hidden": True}}
 
 def bits(values):
     """One character a question for paired tests: 1, 0, or - where it was not asked."""
@@ -1315,11 +1324,14 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
         given = (fixed or wrong)[split]
         failed = [(e, given[e["id"]]) for e in examples if e["id"] in given]
         row = {"split": split, "ood": split != "id", **rates(outcomes, cfg.eval.max_turns)}
-        views = {"fixed": None} | (probes(task, failed) if cfg.eval.probes else {})
-        for name, feedback in views.items():
-            right = {e["id"]: e["final"] for e in repair(policy, task, failed, cfg, feedback)}
-            row[f"repair_{name}"] = ratio(right.values())
-            row[f"repair_{name}_by_question"] = bits(right.get(e["id"]) for e in examples)
+        views = {"fixed": {}} | (probes(task, failed) if cfg.eval.probes else {})
+        for name, view in views.items():  # repair: the last answer is right; once: the next one
+            after = {e["id"]: e for e in repair(policy, task, failed, cfg, **view)}
+            once = {key: any(e["right"][1:2]) for key, e in after.items()}
+            final = {key: e["final"] for key, e in after.items()}
+            for figure, right in (("repair", final), ("once", once)):
+                row[f"{figure}_{name}"] = ratio(right.values())
+                row[f"{figure}_{name}_by_question"] = bits(right.get(e["id"]) for e in examples)
         rows.append(row)
     return rows, fixed or wrong, played
 

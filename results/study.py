@@ -29,7 +29,7 @@ from data_prep import UserError, lock, write_file
 STRENGTHS = ((60, 60), (100, 60), (150, 60), (150, 150), (250, 300))
 SFT_STEPS = "sft.first_steps", "sft.steps"  # what the two numbers of a strength are
 EARLY = 5  # RL steps in which the policy is still nearly the SFT model
-PROBES = "unmarked", "other_place", "other_picture"
+PROBES = "unmarked", "other_place", "other_picture", "blank", "hidden"
 LOGGED = "commit_wrong", "rollin_commit_wrong", "first", "final", "turns"
 
 
@@ -260,10 +260,11 @@ def tables(found):
     yield markdown("VRRL minus ..., out of distribution, points [95 %]", ["", *keys], lines)
     lines = []
     for method, rows in far.items():
-        rates = (spread(rows, f"repair_{view}") for view in ("fixed", *PROBES))
-        gaps = (seed_difference(rows, rows, "repair_fixed", f"repair_{probe}") for probe in PROBES)
-        lines.append([method, *rates, *map(brackets, gaps)])
-    title = "Repair out of distribution after true and false feedback; true minus false [95 %]"
+        if "once_hidden" in rows[0]:
+            rates = (spread(rows, f"once_{view}") for view in ("fixed", *PROBES))
+            gaps = (seed_difference(rows, rows, "once_fixed", f"once_{view}") for view in PROBES)
+            lines.append([method, *rates, *map(brackets, gaps)])
+    title = "Next answer right, ood, after true and false pictures; true minus false [95 %]"
     head = ["method", "true", *PROBES, *(f"minus {probe}" for probe in PROBES)]
     yield markdown(title, head, lines)
 
