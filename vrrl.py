@@ -206,8 +206,8 @@ class Points(Task):
     box [x0, y0, x1, y1] in pixels, and `within` (see `exact`).
 
     An answer is (x, y), whole numbers from 0 to points.scale along each side; with scale 0, pixels
-    as the model sees the picture. Feedback is a crop centred on the point. It shows where the
-    target lies in the same way in every kind of picture, so corrections can carry over."""
+    as the model sees the picture. Feedback is a crop centred on the point. It shows in the same way
+    in every kind of picture whether the target lies there, and where else."""
     empty_final = True  # a small model miscopies coordinates: RL would only learn to copy
 
     def check(self, example):
