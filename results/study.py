@@ -266,7 +266,8 @@ def tables(found):
             lines.append([method, *rates, *map(brackets, gaps)])
     title = "Next answer right, ood, after true and false pictures; true minus false [95 %]"
     head = ["method", "true", *PROBES, *(f"minus {probe}" for probe in PROBES)]
-    yield markdown(title, head, lines)
+    if lines:
+        yield markdown(title, head, lines)
 
 
 def panels(found):
@@ -317,7 +318,7 @@ def main(words):
         study.run()
     found = json.loads(study.file.read_text())
     charts = when_panels(found) if study.when else panels(found)
-    data_prep.line_charts(study.file.with_suffix(".png"), charts)
+    data_prep.line_charts(study.file.with_suffix(".png"), charts, columns=2)
     print(*(when_tables(found) if study.when else tables(found)), sep="\n")
     cells = found["about"]["cells"]
     devices, programs = ({cell[key] for cell in cells} for key in ("device", "program"))
