@@ -61,7 +61,7 @@ HERE = Path(__file__).resolve().parent
 # config.yaml names every setting once: `name: [default, allowed, sentence]`. Rows of its tables
 # `tasks`, `profiles` and `methods` change defaults; their names are what these settings allow.
 def read_config(words=()):
-    """The settings as (cfg, flat): cfg.rl.steps on frozen dataclasses, and {"rl.steps": 300, ...}.
+    """The settings as (cfg, flat): cfg.rl.steps on frozen dataclasses, and {"rl.steps": 250, ...}.
     words: `key=value`, or names of YAML files of settings. The later wins: config.yaml, the rows
     of task, profile and method, then the words in their order. Raises UserError."""
     try:
