@@ -27,16 +27,13 @@ except ImportError:
 
 font = functools.lru_cache(ImageFont.load_default)  # of a size in pixels; the same everywhere
 
-
 class UserError(Exception):
     """Something that the user can mend; the message is one line that says where, what, and how."""
-
 
 def tries(what):
     """10,000 turns for a loop that looks for something by chance; then UserError."""
     yield from range(10_000)
     raise UserError(f"found no {what} in 10,000 tries: ask for fewer")
-
 
 def far_colour(rng, used):
     """A random colour, the farthest of a few from those in `used`, to which it is added."""
@@ -44,6 +41,12 @@ def far_colour(rng, used):
     used.append(max(options, key=lambda c: min((math.dist(c, u) for u in used), default=0)))
     return used[-1]
 
+def near_colour(rng, colour):
+    """A random colour at a distance of 70 to 110 from another one."""
+    for _ in tries("near colour"):
+        found = tuple(rng.randrange(256) for _ in range(3))
+        if 70 <= math.dist(found, colour) <= 110:
+            return found
 
 # ==================== 1. Navigation ===============================================================
 # An elf walks over a frozen lake to a gift. A layout is a list of strings of S (start, the elf),
@@ -63,7 +66,6 @@ LOOKS = {
 }
 MIXES = tuple(f"mix{number:02d}" for number in range(40))
 
-
 @functools.lru_cache(maxsize=None)
 def look_of(name):
     """The Look of this name; the name of a mix decides its random colours."""
@@ -74,7 +76,6 @@ def look_of(name):
     for _ in range(8):
         far_colour(rng, colours)
     return Look(*colours, rng.choice(("disc", "square")))
-
 
 @functools.lru_cache(maxsize=1024)
 def _tile(name, cell, kind):
@@ -108,7 +109,6 @@ def _tile(name, cell, kind):
     ImageDraw.Draw(tile).line((0, cell, 0, 0, cell, 0), fill=grid, width=max(1, cell // 24))
     return tile
 
-
 def draw_grid(layout, look, cell=16):
     """RGB picture of a layout, `cell` pixels a cell, no margin; `look` is the name of one."""
     image = Image.new("RGB", (len(layout[0]) * cell, len(layout) * cell))
@@ -116,7 +116,6 @@ def draw_grid(layout, look, cell=16):
         for column, kind in enumerate(kinds):
             image.paste(_tile(look, cell, kind), (column * cell, row * cell))
     return image
-
 
 def draw_path(image, shape, start, moves, look="snow", box=None):
     """Feedback: a new RGB image with the path on it, as pure geometry without holes or goals.
@@ -172,17 +171,14 @@ def draw_path(image, shape, start, moves, look="snow", box=None):
         draw.polygon((x + dx, y + dy, x + dy, y + dx, x - dy, y - dx), fill=look.path)
     return image
 
-
 def find_cell(layout, kind):
     """(row, column) of the first cell of this kind."""
     return next((row, kinds.index(kind)) for row, kinds in enumerate(layout) if kind in kinds)
-
 
 def _around(layout, row, column):
     """The cells beside a cell, as (move, row, column)."""
     return [(move, row + dr, column + dc) for move, (dr, dc) in MOVES.items()
             if 0 <= row + dr < len(layout) and 0 <= column + dc < len(layout[0])]
-
 
 def shortest_distances(layout):
     """Least moves from each cell to the goal: int array (rows, columns), -1 where no way exists."""
@@ -196,7 +192,6 @@ def shortest_distances(layout):
                 queue.append((r, c))
     return distance
 
-
 def check_layout(layout):
     """Raise UserError unless this is a solvable layout of 2 to 16 rows and columns."""
     if not isinstance(layout, list) or {type(row) for row in layout} != {str}:
@@ -208,7 +203,6 @@ def check_layout(layout):
     if shortest_distances(layout)[find_cell(layout, "S")] < 0:
         raise UserError("layout has no way from S to G")
 
-
 def shortest_path(layout, rng):
     """Moves of one shortest path; every step picks evenly among the moves that come closer."""
     distance = shortest_distances(layout)
@@ -219,7 +213,6 @@ def shortest_path(layout, rng):
         move, row, column = rng.choice(steps)
         path.append(move)
     return path
-
 
 def wrong_path(layout, path, exact, rng):
     """A wrong answer near `path`, a shortest one: a non-empty list for which exact(moves) fails."""
@@ -239,7 +232,6 @@ def wrong_path(layout, path, exact, rng):
         if wrong and not exact(wrong):
             return wrong
 
-
 def navigation_plan(train, test):
     """{split: [(size, look), ...]}. Test comes first, so that other counts leave it as it is."""
     plan = {}
@@ -255,7 +247,6 @@ def navigation_plan(train, test):
     plan["train"] = [(size, rng.choice(MIXES) if i % 4 else "snow") for i, size in enumerate(sizes)]
     return plan
 
-
 def make_map(rng, n, look, cell):
     """(record, image) of a new n x n map: 10 % to 35 % holes, the goal 2 or more moves away."""
     least = rng.randint(2, n) if n >= 4 else 2  # otherwise near goals prevail
@@ -267,7 +258,6 @@ def make_map(rng, n, look, cell):
         layout = ["".join(cells[first:first + n]) for first in range(0, n * n, n)]
         if shortest_distances(layout)[find_cell(layout, "S")] >= least:
             return {"layout": layout, "look": look}, draw_grid(layout, look, cell)
-
 
 # ==================== 2. Grounding ================================================================
 # The embedded model reads and says these words alone: find the red page check it say cells point
@@ -286,23 +276,26 @@ GOODS = """Tea Coffee Juice Milk Water Cocoa Soup Bread Rice Beans Apples Plums 
            Eggs Flour Figs Pears Butter""".split()
 YEARS = [str(year) for year in range(1950, 2030)]
 # {kind: {split: (shape, lowest and highest number of rows and of columns, of bars, or of dots)}}
+# Out of distribution `embedded` has look-alikes too, colours near RED that no training picture has:
+# as in a large table of words, the first look may catch a wrong thing, which the crop shows.
 FIGURES = {
     "embedded": {"id": ("table", (3, 6)), "large": ("table", (12, 14)),
                  "bars": ("bars", (9, 11)), "scatter": ("scatter", (22, 28))},
     "text": {"id": ("table", (5, 15)), "large": ("table", (20, 50)), "cell": ("cell", (5, 15)),
              "bars": ("bars", (5, 10)), "scatter": ("scatter", (10, 20))},
 }
-
+LOOK_ALIKES = 4, 8  # lowest and highest number in a picture
 
 def figure_plan(kind, train, test):
-    """{split: [(shape, size, kind), ...]}: tests first, so that they do not depend on `train`."""
-    plan = {f"{part}_{name}": [(*figure, kind)] * test
+    """{split: [(shape, size, kind, look-alikes), ...]}: tests first, so that they do not depend on
+    `train`."""
+    plan = {f"{part}_{name}": [(*figure, kind, kind == "embedded" and name != "id")] * test
             for part in ("test", "dev") for name, figure in FIGURES[kind].items()}
     return plan | {"train": [(*FIGURES[kind]["id"], kind)] * train}
 
-
-def make_figure(rng, shape, size, kind="embedded"):
-    """(record, RGB image) of a shape in FIGURES; `size` is (lowest, highest) number of its parts.
+def make_figure(rng, shape, size, kind="embedded", alike=False):
+    """(record, RGB image) of a shape in FIGURES; `size` is (lowest, highest) number of its parts;
+    alike: whether it has LOOK_ALIKES.
 
     record: question, box of the target, shape, and `within`: a point is right within so many
     pixels of the middle of the box, or, where that is 0, inside the box.
@@ -316,35 +309,34 @@ def make_figure(rng, shape, size, kind="embedded"):
         colours = {part: far_colour(palette, used) for part in ("page", "head", "ink", "fill")}
     if shape in ("bars", "scatter"):
         paint = _bars if shape == "bars" else _scatter
-        question, box, image = paint(rng, size, colours, kind == "text")
+        question, box, image = paint(rng, size, colours, kind == "text", alike)
     elif kind == "text":
         question, box, image = _text_table(rng, size, colours, shape == "cell")
     else:
-        question, box, image = _embedded_table(rng, size, colours)
+        question, box, image = _embedded_table(rng, size, colours, alike)
     within = 40 if kind == "text" and shape != "bars" else 0
     return {"question": question, "box": list(box), "within": within, "shape": shape}, image
-
 
 def _block(draw, box, colour):
     """Fill a half-open box."""
     draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=colour)
 
-
 def _write(draw, box, text, letters, ink):
     """Text in the middle of a box."""
     draw.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), text, ink, letters, anchor="mm")
 
-
-def _mark_parts(rng, fills):
-    """Set up to three of these colours to BLUE, one to RED; return the index of the red one."""
+def _mark_parts(rng, fills, alike):
+    """Set up to three of these colours to BLUE, one to RED, before that some to look-alikes; return
+    the index of the red one."""
+    for i in rng.sample(range(len(fills)), rng.randint(*LOOK_ALIKES)) if alike else ():
+        fills[i] = near_colour(rng, RED)
     for i in rng.sample(range(len(fills)), rng.randint(0, 3)):
         fills[i] = BLUE
     red = rng.randrange(len(fills))
     fills[red] = RED
     return red
 
-
-def _embedded_table(rng, size, colours):
+def _embedded_table(rng, size, colours, alike):
     """(question, box, image) of a table; `size` counts its headers too."""
     edges = []
     for count in (rng.randint(*size), rng.randint(*size)):
@@ -360,7 +352,7 @@ def _embedded_table(rng, size, colours):
              for y0, y1 in zip(ys, ys[1:]) for x0, x1 in zip(xs, xs[1:])]
     row = len(xs) - 1  # cells
     fills = [colours["head" if i < row or i % row == 0 else "page"] for i in range(len(boxes))]
-    red = _mark_parts(rng, fills)
+    red = _mark_parts(rng, fills, alike)
     image = Image.new("RGB", (CANVAS, CANVAS), colours["page"])
     draw = ImageDraw.Draw(image)
     _block(draw, (xs[0], ys[0], xs[-1] + rule, ys[-1] + rule), colours["ink"])
@@ -371,7 +363,6 @@ def _embedded_table(rng, size, colours):
             y = (y0 + y1) // 2
             _block(draw, (x0 + 1, y - 1, rng.randint(x0 + 3, x1 - 1), y + 1), colours["ink"])
     return "find the red", boxes[red], image
-
 
 def _sample_headers(rng, count, levels, words, repeat):
     """{(level, first line, line after the last): name}, level 0 outermost; `repeat` the lowest."""
@@ -387,7 +378,6 @@ def _sample_headers(rng, count, levels, words, repeat):
             name = lowest[i % span] if lowest and step == 1 else names.pop()
             found[level, i, min(i + step, count)] = name
     return found
-
 
 def _text_table(rng, size, colours, inner=False):
     """(question, box, image) of a table; it asks for a lowest header or a body cell (`inner`)."""
@@ -437,8 +427,7 @@ def _text_table(rng, size, colours, inner=False):
         _write(draw, boxes[cell], text, letters, colours["ink"])
     return f"Point at the {asked}.", boxes[target], image
 
-
-def _bars(rng, size, colours, text=False):
+def _bars(rng, size, colours, text=False, alike=False):
     """(question, box, image) of bars on a line; `text` asks for the bar of a name or a height."""
     count = rng.randint(*size)
     most = rng.randint(300, 600) if text else rng.randint(76, 90)
@@ -454,7 +443,7 @@ def _bars(rng, size, colours, text=False):
     xs = range(left + (slot - thick) // 2, right, slot)
     boxes = [(x, base - high, x + thick, base) for x, high in zip(xs, heights)]
     fills = [colours["fill"]] * count
-    target = rng.randrange(count) if text else _mark_parts(rng, fills)
+    target = rng.randrange(count) if text else _mark_parts(rng, fills, alike)
     sides = (right + 20, base + 50) if text else (CANVAS, CANVAS)
     image = Image.new("RGB", sides, colours["page"])
     draw = ImageDraw.Draw(image)
@@ -475,7 +464,6 @@ def _bars(rng, size, colours, text=False):
     image = image.transpose(Image.Transpose.ROTATE_270)  # a quarter turn to the right
     return question, (CANVAS - y1, x0, CANVAS - y0, x1), image
 
-
 def _write_bars(rng, draw, names, axes, most, colours):
     """Write title, ticks and names around bars of at most `most` pixels."""
     left, base, right = axes
@@ -490,8 +478,7 @@ def _write_bars(rng, draw, names, axes, most, colours):
     for x, name in zip(range(left, right, slot), names):
         _write(draw, (x, base, x + slot, base + 50), name, letters, colours["ink"])
 
-
-def _scatter(rng, size, colours, text=False):
+def _scatter(rng, size, colours, text=False, alike=False):
     """(question, box, image) of dots between two axes; those of `text` have names."""
     names = rng.sample(CITIES + GOODS, rng.randint(*size))
     radius = rng.randint(4, 8) if text else 3
@@ -511,7 +498,7 @@ def _scatter(rng, size, colours, text=False):
         if len(dots) == len(names):
             break
     fills = [colours["fill"]] * len(names)
-    target = rng.randrange(len(names)) if text else _mark_parts(rng, fills)
+    target = rng.randrange(len(names)) if text else _mark_parts(rng, fills, alike)
     image = Image.new("RGB", (width, height), colours["page"])
     draw = ImageDraw.Draw(image)
     _block(draw, (edge, 0, edge + 1, base + 1), colours["ink"])
@@ -523,7 +510,6 @@ def _scatter(rng, size, colours, text=False):
     question = f"Point at the dot labelled '{names[target]}'." if text else "find the red"
     x, y = dots[target]
     return question, (x - radius, y - radius, x + radius + 1, y + radius + 1), image
-
 
 def draw_crop(image, point, side, mark=True):
     """The side x side pixels around a point (x, y), at the picture's resolution, with a ring."""
@@ -537,7 +523,6 @@ def draw_crop(image, point, side, mark=True):
         draw.circle((half, half), radius + more, outline=colour, width=width)
     return crop
 
-
 def draw_hairs(image, point):
     """A copy of the whole picture with cross hairs through a point (x, y) and a ring around it."""
     copy = image.convert("RGB")
@@ -550,13 +535,11 @@ def draw_hairs(image, point):
     draw.circle((x, y), thick, fill=MARK)
     return copy
 
-
 def draw_box(image, box):
     """A copy of a picture with a frame around its target, for people."""
     copy = image.copy()
     ImageDraw.Draw(copy).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=(255, 0, 255))
     return copy
-
 
 # ==================== 3. Data folders =============================================================
 # A data folder holds images/, one <split>.jsonl of examples for each split, and data.json. An
@@ -575,7 +558,6 @@ def write_file(path, content):
         temporary.unlink(missing_ok=True)
         raise
 
-
 def lock(folder, wait=False):
     """Keep other processes out of a folder until the file that this returns is closed."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -587,7 +569,6 @@ def lock(folder, wait=False):
         raise UserError(f"{folder} is in use by another process: wait, or give run=NAME") from None
     return file
 
-
 def digest(*paths):
     """A name of 16 hex digits for the contents of files, in this order."""
     whole = hashlib.sha256()
@@ -596,18 +577,15 @@ def digest(*paths):
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()[:16]
 
-
 def digest_of(values):
     """A name of 8 hex digits for what JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
-
 
 def read_json(file):
     try:
         return json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{file} is damaged ({error}): remove it") from None
-
 
 def read_lines(file):
     """The lines of a JSONL log; the last one of a run that was killed may be cut off."""
@@ -616,7 +594,6 @@ def read_lines(file):
         with contextlib.suppress(ValueError):
             found.append(json.loads(line))
     return [line for line in found if isinstance(line, dict) and {"stage", "step"} <= {*line}]
-
 
 def load_image(path):
     """An image file as RGB, as a viewer shows it on a white page. UserError names the file."""
@@ -639,9 +616,7 @@ def load_image(path):
     except Exception as error:  # decoders raise many kinds for broken files
         raise UserError(f"{path}: not a usable image ({' '.join(str(error).split())})") from None
 
-
 cached_image = functools.lru_cache(maxsize=256)(load_image)  # do not paint on what it returns
-
 
 def find_file(folder, name):
     """The path of a file inside a resolved folder, or None. UserError if the name leads out."""
@@ -651,7 +626,6 @@ def find_file(folder, name):
         raise UserError(f"{name!r} leads out of its folder" + " through a link" * inside)
     return path if there else None
 
-
 def check_map(record):
     """UserError unless a record of navigation can be used."""
     check_layout(record.get("layout"))
@@ -659,7 +633,6 @@ def check_map(record):
         raise UserError('"look" is missing or no name of a look')
     # A map has no question, and a box only where its picture has a margin.
     check_figure({"question": "the way", "within": 0, "box": [0, 0, 2, 2]} | record)
-
 
 def check_figure(record):
     """UserError unless a record has a question, and a box within the size of its image."""
@@ -676,7 +649,6 @@ def check_figure(record):
         raise UserError(f"box {record['box']} is empty or leaves its image of {width} x {height}")
     if max(x1, y1) <= 1:
         raise UserError(f"box {record['box']} lies within 0..1 and looks normalised: give pixels")
-
 
 def read_examples(path, check=lambda record: None):
     """The examples of a JSONL file. One without "id" is called line-N; images are not opened.
@@ -707,7 +679,6 @@ def read_examples(path, check=lambda record: None):
         records[record["id"]] = record
     return list(records.values())
 
-
 def make_folder(folder, task, plan, make, **more):
     """Write a made data set, unless it is there. The same plan gives the same bytes.
 
@@ -721,7 +692,6 @@ def make_folder(folder, task, plan, make, **more):
         with lock(folder.parent, wait=True):
             if not folder.exists():  # no other process has just made it
                 _write_folder(folder, about, plan, make)
-
 
 def _write_folder(folder, about, plan, make):
     """Write a data folder whole or not at all."""
@@ -758,7 +728,6 @@ def _write_folder(folder, about, plan, make):
     finally:
         shutil.rmtree(building, ignore_errors=True)  # a success leaves nothing of it
 
-
 def own_examples(file, check_text=lambda name, text: None):
     """{"train", "dev_id", "test_id": examples} of one's own JSONL of "image", "question", "box".
     check_text(name, text) raises UserError where the model cannot read a question."""
@@ -778,7 +747,6 @@ def own_examples(file, check_text=lambda name, text: None):
     if not all(parts.values()):
         raise UserError(f"{file}: too few images to divide them 8:1:1 by their contents; add some")
     return parts
-
 
 def make_official(data, maps, evals, cell):
     """The authors' maps as a data folder under `data`; returns that folder.
@@ -805,7 +773,6 @@ def make_official(data, maps, evals, cell):
                 splits=[split[5:] for split in plan if split != "train"], drawn_here=drawn)
     return folder
 
-
 def _read_official(file, training):
     """[(layout, path of its picture or "")] of one of the authors' files."""
     folder = Path(file).resolve().parent
@@ -823,13 +790,11 @@ def _read_official(file, training):
         raise UserError(f"{file}: not the authors' map {len(found) + 1} ({error!r:.200})") from None
     return found
 
-
 def _official_map(rng, layout, picture, cell):
     """(record, image) of one of the authors' maps, for make_folder."""
     image = load_image(picture) if picture else draw_grid(layout, "official", cell)
     more = {"box": ImageOps.invert(image).getbbox()} if picture else {"drawn": "here"}
     return {"layout": layout, "look": "official"} | more, image  # the box is what is not white
-
 
 # ==================== 4. Pictures for people ======================================================
 
@@ -837,7 +802,6 @@ TEXT, FAINT = (40, 44, 52), (120, 126, 136)
 FRAMES = {"right": (0, 158, 115), "wrong": (213, 60, 40), "": (190, 195, 203)}
 # Okabe and Ito's palette: colour-blind readers too can tell its colours apart.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000", "#968C28"]
-
 
 def film_strip(path, rows, title="", side=150, most=6):
     """Write episodes as rows of pictures, usually the question and then each attempt.
@@ -864,7 +828,6 @@ def film_strip(path, rows, title="", side=150, most=6):
             x += side + gap
     sheet.crop((0, 0, sheet.width, bottom)).save(path)
 
-
 def line_charts(path, panels, columns=3):
     """Write line charts of panels [(title, {series name: (xs, ys)}), ...]; None leaves a gap."""
     sheet = Image.new("RGB", (columns * 680, math.ceil(len(panels) / columns) * 480), "white")
@@ -872,7 +835,6 @@ def line_charts(path, panels, columns=3):
     for i, (title, series) in enumerate(panels):
         _draw_chart(draw, i % columns * 680, i // columns * 480, title, series)
     sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).save(path)
-
 
 def _draw_chart(draw, left, top, title, series):
     """One chart of 680 x 480 pixels."""
@@ -902,13 +864,11 @@ def _draw_chart(draw, left, top, title, series):
             if len(run) == 1:
                 draw.circle(run[0], 5, PALETTE[i % len(PALETTE)])
 
-
 CURVES = {"loss, nats a token": "loss", "reward": "reward", "accuracy, sampled": "first final",
           "commits": "commit", "commits of wrong answers": "commit_wrong rollin_commit_wrong",
           "repair after a wrong state": "rollin_repair", "turns": "turns", "entropy": "entropy",
           "well-formed, repeats": "well_formed repeats", "states": "wrong_states right_states",
           "shares: kept, roll-ins": "kept rollins", "gradient norm": "grad_norm", "KL": "kl"}
-
 
 def curves(path, files):
     """Paint the lines of metrics.jsonl files: a chart for each stage and each row of CURVES."""
@@ -922,7 +882,6 @@ def curves(path, files):
             if series:
                 panels.append((f"{stage}: {title}", series))
     line_charts(path, panels or [("nothing was trained", {})])
-
 
 def table(models):
     """Markdown, percent: a line for each model and split, and for the mean out of distribution.
@@ -942,7 +901,6 @@ def table(models):
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
-
 def main(words):
     """usage: python data_prep.py official maps=FILE eval=FILE[,FILE] [data=FOLDER] [cell=8..256]
 
@@ -961,7 +919,6 @@ def main(words):
         print(f"error: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(2)
     print(f"use it with data={folder}")
-
 
 if __name__ == "__main__":
     main(sys.argv[1:])

@@ -16,7 +16,7 @@ The algorithm, with the default of each number beside its name (task `grounding`
             with probability rl.rho 0.6: start = the question
             otherwise (a roll-in):       start = a state from D, with probability 0.3 a right one
                                          (the question, where that queue is empty)
-            sample rl.samples G = 8 rollouts at policy.temperature 0.5, of rl.max_turns 6 new turns
+            sample rl.samples G = 8 rollouts at policy.temperature 0.5, of rl.max_turns 3 new turns
                 at most; after each answer the policy is shown feedback: the answer in the picture
             R_i = max(1 if right, 0.1 + 0.9 r_i), 0 if malformed; r_i: progress of corrections
             A_i = R_i - mean of the other G - 1 rewards    (REINFORCE with a baseline)
@@ -36,8 +36,8 @@ config.yaml; a method is a row of config.yaml, made of its settings; a mask is a
 `turn_weights` (section 8); the reward is section 6; a model is `model=FOLDER`. Pictures are made in
 data_prep.py, which knows nothing of learning. `python vrrl.py --help` lists all settings.
 """
-import atexit, contextlib, dataclasses, datetime, difflib, functools, hashlib, inspect, itertools
-import json, math, operator, os, platform, random, re, shutil, signal, sys, tempfile, time
+import contextlib, dataclasses, datetime, difflib, functools, hashlib, inspect, itertools
+import json, math, operator, os, platform, random, re, shutil, signal, sys, time
 from collections import Counter, deque
 from pathlib import Path
 
@@ -1336,10 +1336,9 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
     return rows, fixed or wrong, played
 
 # ==================== 12. A run ===================================================================
-# Workers are processes that hold the same model and a share of the questions each. `torchrun`
-# starts them, or `workers=2`: no faster on two cores than one with two threads (1.24 and 1.25 s a
-# step). `share`, `gather` and `sum_gradients` are all that training knows of them. Worker 0 alone
-# prints and writes.
+# Workers are processes that hold the same model and a share of the questions each; `torchrun`
+# starts them. `share`, `gather` and `sum_gradients` are all that training knows of them. Worker 0
+# alone prints and writes.
 def worker():
     return dist.get_rank() if dist.is_initialized() else 0
 def workers():
@@ -1367,25 +1366,12 @@ def sum_gradients(policy):
 DAY = datetime.timedelta(days=1)  # one may wait so long for an SFT model that another run makes
 
 def start_workers(cfg):
-    """Join the workers that `torchrun` started, or fork cfg.workers of them on this machine. A
-    worker that ends breaks the connections of the others, which then end too (`run_main`)."""
-    cores, on_cpu, children = os.cpu_count(), device_of(cfg).type == "cpu", []
-    count = cfg.workers
+    """Join the workers that `torchrun` started, if it did. One that ends breaks the connections of
+    the others, which then end too (`run_main`)."""
     if "WORLD_SIZE" in os.environ:
+        on_cpu = device_of(cfg).type == "cpu"
         dist.init_process_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl", timeout=DAY)
-        count = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    elif count > 1:
-        meet, rank = f"file://{tempfile.mktemp(prefix='vrrl-workers-')}", 0
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-        while rank == 0 and len(children) < count - 1:
-            children.append(os.fork())
-            rank = 0 if children[-1] else len(children)
-        for child in children if rank == 0 else ():
-            atexit.register(os.kill, child, signal.SIGKILL)  # it has nothing to lose
-        atexit.register(Path(meet[7:]).unlink, missing_ok=True)
-        dist.init_process_group("gloo", init_method=meet, timeout=DAY, rank=rank, world_size=count)
-    sys.stdout = sys.stdout if worker() == 0 else open(os.devnull, "w")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", max(1, cores // count))))
+        sys.stdout = sys.stdout if worker() == 0 else open(os.devnull, "w")
 
 class Run:
     """The folder of a run: settings.yaml, metrics.jsonl, checkpoints, and at the end the report. A
@@ -1572,12 +1558,8 @@ def report(run, task, models, played, *folders):
 
 def main(words):
     if {"-h", "--help", "help"} & set(words):
-        print("usage: python vrrl.py [FILE.yaml] [key=value ...]\n")
-        config = read_yaml(HERE / "config.yaml")
-        for key, (default, allowed, what) in flatten(config["settings"]).items():
-            allowed = "|".join(config[key + "s"]) if allowed == "rows" else allowed
-            print(f"  {key}={default}\n      {what} ({allowed})")
-        return
+        usage = "usage: python vrrl.py [FILE.yaml] [key=value ...], as in rl.steps=600\n\n"
+        return print(usage + (HERE / "config.yaml").read_text())
     cfg, flat = read_config(words)
     source_of(cfg.model)  # what is wrong with it is said before any work
     start_workers(cfg)

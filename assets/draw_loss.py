@@ -13,7 +13,6 @@ sys.path.insert(0, str(HERE.parent))
 import data_prep
 import vrrl
 
-
 def row(task, episode, k, label):
     """A turn stands below the picture that it answers. Green: it is in the loss."""
     turns = episode.all_turns
@@ -23,12 +22,10 @@ def row(task, episode, k, label):
             "captions": [turn.text for turn in turns],
             "verdicts": ["right" if n >= first else "" for n in range(1, len(turns) + 1)]}
 
-
 def corrected(episodes, wrong):
     """The first episode whose only wrong answers are its first `wrong` ones."""
     return next(e for e in episodes if vrrl.well_formed(task, e.all_turns) and
                 [task.exact(e.example, a) for a in e.answers] == [False] * wrong + [True])
-
 
 if __name__ == "__main__":
     cfg, _ = vrrl.read_config(["policy.temperature=1"])

@@ -32,7 +32,6 @@ EARLY = 5  # RL steps in which the policy is still nearly the SFT model
 PROBES = "unmarked", "other_place", "other_picture", "blank", "hidden"
 LOGGED = "commit_wrong", "rollin_commit_wrong", "first", "final", "turns"
 
-
 class Study:
     """A cell of a study is (strength, method, seed); strength: of STRENGTHS, () without `when`."""
 
@@ -54,7 +53,7 @@ class Study:
             raise UserError(f"methods= takes some of: {' '.join(self.own)}")
         varied = {key for method in methods for key in self.own[method] if key.startswith("sft.")}
         varied |= {"methods", *SFT_STEPS} if self.when else set()
-        varied |= {"seed", "method", "mode", "run", "workers", "eval.probes"}
+        varied |= {"seed", "method", "mode", "run", "eval.probes"}
         for key in varied & self.given:
             raise UserError(f"{key}= is set by the study, or by a method of it: leave it out")
         count = options.get("seeds", "3" if self.when else "5")
@@ -78,7 +77,7 @@ class Study:
         strength, method, seed = cell
         undone = [(key, value) for key, value in self.own[method].items() if key in self.given]
         undone = [f"{key}={value}" for key, value in (*undone, *zip(SFT_STEPS, strength))]
-        return ["eval.probes=yes", "workers=1", *self.words, *undone,
+        return ["eval.probes=yes", *self.words, *undone,
                 f"method={method}", f"seed={seed}", f"run={self.folder(cell)}"]
 
     def done(self):  # also cells that are not asked for now
@@ -180,16 +179,13 @@ class Study:
                     "gap": ours - rl, "mended": (final - right) / max(1 - right, 1e-9)})
         return {"entries": entries}
 
-
 def mean(values):
     """Mean of what is not None; None if nothing is left."""
     values = [value for value in values if value is not None]
     return round(sum(values) / len(values), 5) if values else None
 
-
 def pick(rows, **wanted):
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-
 
 def seed_difference(new, old, key, against=None, samples=2000):
     """(mean, low, high) of new - old in points, with a 95 % bootstrap interval; () without pairs.
@@ -221,10 +217,8 @@ def seed_difference(new, old, key, against=None, samples=2000):
         return ()
     return (found[0], *np.percentile(found[1:].compressed(), [2.5, 97.5]))
 
-
 def brackets(found, form="+.1f"):
     return "{:{f}} [{:{f}}, {:{f}}]".format(*found, f=form) if found else "-"
-
 
 def spread(rows, key):
     """The mean over seeds, in brackets the lowest and the highest. Splits weigh the same."""
@@ -233,11 +227,9 @@ def spread(rows, key):
     found = (np.mean(means), min(means), max(means)) if means else ()
     return brackets(found, ".2f" if key == "turns" else ".1f")
 
-
 def markdown(title, head, lines):
     lines = [[name.replace("_", " ") for name in head], ["---"] * len(head), *lines]
     return "\n| ".join([f"**{title}**\n", *(" | ".join(map(str, x)) + " |" for x in lines)]) + "\n"
-
 
 def tables(found):
     """The tables of study_TASK.json, Markdown."""
@@ -269,7 +261,6 @@ def tables(found):
     if lines:
         yield markdown(title, head, lines)
 
-
 def panels(found):
     """The charts of study_TASK.json, for data_prep.line_charts. Percent."""
     after, commits = {}, {}
@@ -284,7 +275,6 @@ def panels(found):
     return [("right after so many turns, ood, %", after),
             ("commits of wrong answers by RL step, %", commits)]
 
-
 def when_tables(found):
     keys, lines = ("right", "mended", "rl", "vrrl", "gap"), []
     for pair in STRENGTHS:
@@ -292,7 +282,6 @@ def when_tables(found):
         lines.append([*pair, len(part), *(spread(part, key) for key in keys)])
     title = f"Steps 1-{EARLY} of RL: right first, mended; final ood, gap; % [lowest, highest seed]"
     return [markdown(title, ["first_steps", "steps", "seeds", *keys], lines)]
-
 
 def when_panels(found):
     """The charts of when_TASK.json: a dot for each seed, a line through the means of a strength."""
@@ -309,7 +298,6 @@ def when_panels(found):
                        {name: np.transpose(dots) for name, dots in series.items() if dots}))
     return charts
 
-
 def main(words):
     if {"-h", "--help", "help"} & set(words):
         return print(__doc__)
@@ -324,7 +312,6 @@ def main(words):
     devices, programs = ({cell[key] for cell in cells} for key in ("device", "program"))
     print(f"{len(cells)} runs, {sum(cell['seconds'] for cell in cells) / 3600:.1f} hours on "
           f"{', '.join(devices)}; versions of the program: {len(programs)}")
-
 
 if __name__ == "__main__":
     vrrl.run_main(main, sys.argv[1:])
