@@ -487,19 +487,6 @@ def test_recorded_log_probs_equal_recomputed_ones_and_greedy_is_the_likeliest(ki
         logp, ids = library_rows(policy, e)
         assert torch.equal(logp.argmax(-1), ids)
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_positions_equal_the_librarys(kind):
-    policy = policy_of(kind)
-    head, end, between = policy.prompt("find the red", "check it")
-    for grids in (((3, 5), (6, 2)), ((6, 2), (3, 5))):
-        one, two = (SimpleNamespace(grid=grid) for grid in grids)
-        ids = torch.tensor([[*policy.place(head, one), *policy.encode("far"), end,
-                             *policy.place(between, two), *policy.encode("up 1")]])
-        seen = ids.eq(policy.image_id)
-        expected, _ = policy.model.model.get_rope_index(
-            ids, seen.int(), image_grid_thw=torch.tensor([[1, 2 * h, 2 * w] for h, w in grids]))
-        assert torch.equal(policy.positions(seen, grids).cpu(), expected)
-
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_patches_and_features_of_mixed_pictures_equal_the_librarys(kind, monkeypatch):
@@ -533,8 +520,8 @@ def test_only_plain_tokens_and_the_end_of_a_turn_are_sampled():
 @torch.no_grad()
 def test_sampled_tokens_follow_their_probabilities():
     policy, count = policy_of("embedded", "policy.temperature=3", "policy.max_new=4"), 400
-    (ids, pictures), context = starts_of(policy, 1)[0].opening, vrrl.Context(1, policy.device)
-    policy.extend(context, *policy.pad([ids]), pictures)
+    context = vrrl.Context(1, policy.device)
+    policy.read(context, [starts_of(policy, 1)[0].opening])
     chance = policy.log_softmax(context.last)[0].exp().tolist()
     context.take([0] * count)
     luck = torch.full((count, 4), 0.5, dtype=torch.float64, device=policy.device)

@@ -145,8 +145,7 @@ class Task:
         feedback(example, answer, mark=True)   PIL image; mark=False: without the answer (probes)
 
     and, for demonstrations, right(example, rng) and wrong(example, rng), an answer each, and
-    thought(example, answer), the words for what the feedback to a wrong answer shows.
-    """
+    thought(example, answer), the words for what the feedback to a wrong answer shows."""
     splits = ("id",)
     empty_final = False  # whether demonstrations commit with <FINAL></FINAL>
 
@@ -210,8 +209,7 @@ class Points(Task):
     in every kind of picture whether the target lies there, and where else."""
     empty_final = True  # a small model miscopies coordinates: RL would only learn to copy
 
-    def check(self, example):
-        data_prep.check_figure(example)
+    check = staticmethod(data_prep.check_figure)
     def question(self, example):
         points = self.cfg.points
         return points.question.replace("{question}", example["question"]), points.reply
@@ -321,8 +319,7 @@ class Navigation(Task):
             plan = data_prep.navigation_plan(cfg.make.train, cfg.make.test)
             super().__init__(cfg, plan, functools.partial(data_prep.make_map, cell=cfg.nav.cell))
 
-    def check(self, example):
-        data_prep.check_map(example)
+    check = staticmethod(data_prep.check_map)
     def question(self, example):
         return self.cfg.nav.question, self.cfg.nav.reply
     def parse(self, text):
@@ -417,12 +414,12 @@ class Picture:
     def __init__(self, image, processor):
         patch, merge = processor.patch_size, processor.merge_size
         size = size_seen(image.size, processor)
-        if size != image.size:
-            image = image.resize(size, processor.resample)
         down, across = size[1] // (patch * merge), size[0] // (patch * merge)
-        pixels = np.asarray(image).reshape(down, merge, patch, across, merge, patch, 3)
+        pixels = np.asarray(image.resize(size, processor.resample))
+        pixels = pixels.reshape(down, merge, patch, across, merge, patch, 3)
         self.patches = pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, patch * patch)
         self.grid, self.features = (down, across), None
+        self.patch_grid = (1, down * merge, across * merge)  # time, rows, columns
 
 @dataclasses.dataclass
 class Turn:
@@ -569,9 +566,6 @@ class Policy:
         return [i for piece in TAG.split(text) if piece
                 for i in self.tokenizer.encode(piece, add_special_tokens=False)]
 
-    def decode(self, ids):
-        return self.tokenizer.decode([i for i in ids if i != self.end_id])
-
     def prompt(self, question, reply):
         """What the chat template writes around the policy's turns, as ids, an image being one
         placeholder: (up to its first word, the token that ends a turn, from there to the next)."""
@@ -605,8 +599,7 @@ class Policy:
             x = torch.from_numpy(np.concatenate([p.patches for p in part])).to(self.device)
             x = ((x.float() / 255 - mean) / std).to(self.model.dtype)[:, :, None]  # a still image
             x = x.expand(-1, -1, self.processor.temporal_patch_size, -1).flatten(1)  # is two frames
-            grids = torch.tensor([(1, *p.grid) for p in part], device=self.device)
-            grids[:, 1:] *= self.processor.merge_size
+            grids = torch.tensor([p.patch_grid for p in part], device=self.device)
             counts = [math.prod(p.grid) for p in part]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_vision):
                 out = self.model.model.get_image_features(x, grids, return_dict=True)
@@ -616,12 +609,6 @@ class Policy:
                 found[id(p)] = out.pooler_output[i], [d[i] for d in deep]
                 p.features = found[id(p)] if self.frozen_vision else None
         return [found[id(p)] for p in pictures]
-
-    def pad(self, rows):
-        """B lists of at least one id -> ids (B, W), and where they are tokens (B, W)."""
-        columns = itertools.zip_longest(*rows, fillvalue=-1)
-        ids = torch.tensor([*zip(*columns)], device=self.device)
-        return ids.clamp(min=0), ids >= 0
 
     def extend(self, context, ids, new, pictures=()):
         """Let the model read `ids` (B, W) where `new` (B, W) is True, after what `context` holds,
@@ -633,16 +620,19 @@ class Policy:
         positions = (new.long().cumsum(1) - 1).expand(3, rows, width)
         if pictures:
             seen = ids.eq(self.image_id) & new
-            positions = self.positions(seen, [p.grid for p in pictures])
+            # M-RoPE: a text token takes one step on all three axes. An image's tokens keep the time
+            # axis and spread over rows and columns; the text after it goes on from the larger side.
+            positions = self.model.model.get_rope_index(
+                ids.cpu(), mm_token_type_ids=seen.int().cpu(), attention_mask=new.cpu(),
+                image_grid_thw=torch.tensor([p.patch_grid for p in pictures]))[0].to(self.device)
             visual, deep = zip(*self.encode_pictures(pictures))
             embeds = embeds.masked_scatter(seen[..., None], torch.cat(visual).to(embeds.dtype))
             if deep[0]:  # Qwen3-VL adds deeper visual features to its first layers
                 extra |= {"visual_pos_masks": seen,
                           "deepstack_visual_embeds": [torch.cat(level) for level in zip(*deep)]}
-        mask = context.valid[:, None, None, :]
-        if width > 1:  # a new column sees what came before, and the new ones up to itself
-            column = torch.arange(past + width, device=self.device)
-            mask = mask & (column <= column[past:, None])
+        # A new column sees what came before, and the new ones up to itself.
+        column = torch.arange(past + width, device=self.device)
+        mask = context.valid[:, None, None, :] & (column <= column[past:, None])
         hidden = self.model.model.language_model(
             inputs_embeds=embeds, attention_mask=mask, use_cache=True,
             position_ids=positions + context.position[:, None], **extra).last_hidden_state
@@ -651,21 +641,6 @@ class Policy:
         context.position = context.position + torch.where(new.any(1), advance, 0)
         context.last = last if past == 0 else torch.where(new.any(1)[:, None], last, context.last)
         return hidden
-
-    def positions(self, seen, grids):
-        """M-RoPE positions (3, B, W) from 0. seen (B, W): columns of images; grids: their sizes.
-        A text token takes one step on all three axes. An image's tokens keep the time axis and
-        spread over rows and columns; the text after it goes on from the larger side."""
-        found, grids = [], iter(grids)
-        for row in seen.tolist():
-            parts, start, column = [], 0, 0
-            while column < len(row):
-                grid = next(grids) if row[column] else (1, 1)
-                parts.append(start + np.indices((1, *grid)).reshape(3, -1))
-                start += max(grid)
-                column += math.prod(grid)
-            found.append(np.concatenate(parts, 1))
-        return torch.tensor(np.stack(found, 1), device=self.device)
 
     def log_softmax(self, hidden):
         """Log-probs (..., V) of the next token at the sampling temperature, banned ones -inf."""
@@ -721,9 +696,11 @@ class Policy:
         return tuple(torch.cat(values).split(counts) for values in zip(*parts))
 
     def read(self, context, texts):
-        """`extend` by texts: (ids, pictures) of each row."""
-        return self.extend(context, *self.pad([ids for ids, _ in texts]),
-                           [p for _, pictures in texts for p in pictures])
+        """`extend` by texts: (ids, at least one, and pictures) of each row; -1 pads short rows."""
+        columns = itertools.zip_longest(*(ids for ids, _ in texts), fillvalue=-1)
+        ids = torch.tensor([*zip(*columns)], device=self.device)
+        pictures = [p for _, of_row in texts for p in of_row]
+        return self.extend(context, ids.clamp(min=0), ids >= 0, pictures)
 
     def score(self, hidden, taken):
         """Log-probs of the tokens taken (N,) and entropies (N,), from hidden states (N, D)."""
@@ -814,8 +791,6 @@ def load_policy(name, cfg):
         model, about = transformers.AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
         tokenizer, processor = load_tokenizer(source), load_processor(source)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:  # half a download, another architecture: many kinds
         line = (str(error) or repr(error)).splitlines()[0]
         raise UserError(f"model={name} cannot be loaded: {line}") from None
@@ -871,7 +846,7 @@ def begin(policy, task, example, start=0, spoken=(), feedback=None, image=None):
 def read_turn(policy, task, ids, logps=(), forced=0):
     """A Turn from its ids, of which the first `forced` were not sampled. One that was cut off
     before its end token is bad."""
-    text = policy.decode(ids)
+    text = policy.tokenizer.decode([i for i in ids if i != policy.end_id])
     parsed = parse_turn(task, text) if ids[-1] == policy.end_id else ("bad", None, None)
     return Turn(ids, [i >= forced for i in range(len(ids))], logps, *parsed, text)
 
@@ -898,13 +873,10 @@ def well_formed(task, turns, unfinished=False):
 
 @torch.no_grad()
 def play(policy, task, starts, samples, max_turns, luck=None, training=False, feedback=None):
-    """Roll out `samples` episodes from every start, turn by turn, policy.rows 256 at a time.
-
-    starts: Episodes without new turns. luck: see `uniforms`; None: greedy. Returns len(starts) *
-    samples Episodes, those of one start together. An episode ends with a FINAL, with a turn that
-    cannot be parsed, or after `max_turns` new turns; in training also where it is already
-    malformed, since it then earns 0 whatever follows.
-    """
+    """Roll out `samples` episodes from every start, turn by turn, policy.rows 256 at a time; those
+    of one start stand together. starts: Episodes without new turns. luck: see `uniforms`; None:
+    greedy. An episode ends with a FINAL, with a turn that cannot be parsed, or after `max_turns`
+    new turns; in training also where it is malformed, since it earns 0 whatever follows."""
     most, episodes = max(1, policy.cfg.policy.rows // samples), []
     for at in range(0, len(starts), most):
         part = starts[at : at + most]
@@ -917,7 +889,7 @@ def play(policy, task, starts, samples, max_turns, luck=None, training=False, fe
             forced = [policy.encode("<THINK>") if episodes[n].force_think and number == 0 else []
                       for n in live]
             spoken = policy.sample(context, forced, None if luck is None else luck[live, number])
-            going = []
+            shown = {}  # row: its new turn, where that has got feedback
             for row, (ids, logps) in enumerate(spoken):
                 episode = episodes[live[row]]
                 turn = read_turn(policy, task, ids, logps, len(forced[row]))
@@ -925,13 +897,12 @@ def play(policy, task, starts, samples, max_turns, luck=None, training=False, fe
                 hopeless = training and not well_formed(task, episode.all_turns, unfinished=True)
                 if turn.kind == "answer" and number + 1 < max_turns and not hopeless:
                     reply(policy, task, episode, turn, feedback)
-                    going.append(row)
-            if not going:
+                    shown[row] = turn
+            if not shown:
                 break
-            live = [live[row] for row in going]  # episodes that have ended leave the batch
-            context.take(going)
-            last = [episodes[n].turns[-1] for n in live]
-            policy.read(context, [(turn.feedback, [turn.picture]) for turn in last])
+            live = [live[row] for row in shown]  # episodes that have ended leave the batch
+            context.take([*shown])
+            policy.read(context, [(turn.feedback, [turn.picture]) for turn in shown.values()])
     return episodes
 
 def uniforms(policy, names, samples, turns):
@@ -1152,8 +1123,7 @@ def micro_batches(episodes, size):
 # ==================== 10. RL ======================================================================
 def rl(policy, task, cfg, run, reference=None):
     """The algorithm at the head of this file, from the SFT model `policy`. reference: a frozen copy
-    of it, for the KL term; with LoRA `policy` itself. All that is random in a step hangs on the
-    seed and its number."""
+    of it, for the KL term; with LoRA `policy` itself."""
     questions = {e["id"]: e for e in task.examples("train")}
     optimizer, buffer = AdamW(policy), Buffer(cfg.buffer)
     group, rollouts = cfg.rl.samples, cfg.rl.questions * cfg.rl.samples
@@ -1234,12 +1204,12 @@ def outcome(task, episode):
     never empty."""
     turns, answers = episode.all_turns, episode.answers
     right = [bool(task.exact(episode.example, answer)) for answer in answers] or [False]
-    return {"id": episode.example["id"], "given": len(episode.given), "turns": len(episode.turns),
+    return {"id": episode.example["id"], "example": episode.example, "given": len(episode.given),
             "answers": [t.text for t in turns if t.kind == "answer"], "last": turns[-1].text,
             "right": right, "first": right[0], "final": right[-1], "commit": episode.committed,
             "well_formed": well_formed(task, turns), "reward": episode.reward,
             "repeats": any(task.same(a, b) for a, b in itertools.combinations(answers, 2)),
-            "shown": sum(t.picture is not None for t in turns)}
+            "turns": len(episode.turns), "shown": sum(t.picture is not None for t in turns)}
 
 def health(outcomes):
     """Where a collapse of training shows first. Sampled, so not the figures of an evaluation."""
@@ -1275,8 +1245,7 @@ def probes(task, failed):
 
     unmarked: no mark (a crop stays where it is). other_place: another wrong answer, or no mark.
     other_picture: the picture and the answer of another question. blank: a grey one with nothing
-    on it. hidden: the true feedback, but a grey picture in place of the question's.
-    """
+    on it. hidden: the true feedback, but a grey picture in place of the question's."""
     known = [(example, parse_turn(task, text)[2]) for example, text in failed]
     others = {e["id"]: [*known[n + 1 :], *known[: n + 1]] for n, (e, _) in enumerate(known)}
 
@@ -1363,14 +1332,13 @@ def sum_gradients(policy):
         if p.requires_grad and workers() > 1:
             dist.all_reduce(p.grad)
 
-DAY = datetime.timedelta(days=1)  # one may wait so long for an SFT model that another run makes
-
 def start_workers(cfg):
     """Join the workers that `torchrun` started, if it did. One that ends breaks the connections of
     the others, which then end too (`run_main`)."""
     if "WORLD_SIZE" in os.environ:
-        on_cpu = device_of(cfg).type == "cpu"
-        dist.init_process_group("gloo" if on_cpu else "cpu:gloo,cuda:nccl", timeout=DAY)
+        backend = "gloo" if device_of(cfg).type == "cpu" else "cpu:gloo,cuda:nccl"
+        day = datetime.timedelta(days=1)  # for an SFT model that another run makes
+        dist.init_process_group(backend, timeout=day)
         sys.stdout = sys.stdout if worker() == 0 else open(os.devnull, "w")
 
 class Run:
@@ -1394,13 +1362,12 @@ class Run:
         gather()
 
     def log(self, **figures):
-        line = {"stage": self.stage, "step": self.step, **figures}
         for key, value in figures.items():
             if isinstance(value, float):  # JSON has no nan
-                line[key] = float(f"{value:.6g}") if math.isfinite(value) else None
+                figures[key] = float(f"{value:.6g}") if math.isfinite(value) else None
         if worker() == 0:
             with open(self.metrics, "a") as out:
-                out.write(json.dumps(line) + "\n")
+                out.write(json.dumps({"stage": self.stage, "step": self.step, **figures}) + "\n")
 
     def steps(self, stage, count, optimizer, buffer=None):
         """1 .. count under a progress bar. Goes on from the last checkpoint of this stage, and
@@ -1506,13 +1473,12 @@ def sft_model(words, task, parent):
 def weight_sum(policy):
     return sum(p.detach().cpu().double().sum().item() for p in policy.model.parameters())
 
-def train(cfg, flat, words, folder):
+def train(cfg, words, task, run):
     """SFT, RL, evaluation. The method's row decides which of them does anything."""
-    task, run = TASKS[cfg.task](cfg), Run(folder, flat | fingerprint(cfg))
-    if (folder / "results.json").is_file():
-        return print((folder / "report.md").read_text())
+    if (run.folder / "results.json").is_file():
+        return print((run.folder / "report.md").read_text())
     # The model that all methods are compared with. They repair its wrong first turns.
-    policy, base_folder = sft_model([*words, "method=sft"], task, folder.parent)
+    policy, base_folder = sft_model([*words, "method=sft"], task, run.folder.parent)
     file = base_folder / f"evaluation-{data_prep.digest_of(dataclasses.asdict(cfg.eval))}.json"
     if any(gather([not file.is_file()])):
         rows, fixed, _ = evaluate(policy, task, cfg, title="evaluate sft")
@@ -1520,7 +1486,7 @@ def train(cfg, flat, words, folder):
             write_file(file, json.dumps([rows, fixed]))
         gather()
     rows, fixed = data_prep.read_json(file)
-    policy, sft_folder = sft_model(words, task, folder.parent)
+    policy, sft_folder = sft_model(words, task, run.folder.parent)
     if cfg.rl.steps:
         before, reference = weight_sum(policy), None
         if cfg.rl.kl:
@@ -1531,7 +1497,7 @@ def train(cfg, flat, words, folder):
                             "rewards (all wrong: raise sft.first_steps), or the loss is broken")
     own, _, played = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}")
     if worker() == 0:
-        policy.save(folder / "model")
+        policy.save(run.folder / "model")
         name = cfg.method + " + RL" * (cfg.method == "sft" and cfg.rl.steps > 0)
         report(run, task, {"sft": rows, name: own}, played, sft_folder)
 
@@ -1539,16 +1505,15 @@ def report(run, task, models, played, *folders):
     """What people look at: report.md, curves.png, episodes.png; results.json ends the run."""
     data_prep.curves(run.folder / "curves.png",
                      [folder / "metrics.jsonl" for folder in (*folders, run.folder)])
-    pool = [(split, e) for split in reversed(task.splits) for e in played[split] if e["answers"]]
-    pool.sort(key=lambda pair: pair[1]["first"] >= pair[1]["final"])  # repairs come first
+    pool = [e for split in reversed(task.splits) for e in played[split] if e["answers"]]
+    pool.sort(key=lambda e: e["first"] >= e["final"])  # repairs come first
     rows = []
-    for split, e in pool[:6]:
-        examples = {x["id"]: x for x in task.examples(f"{task.cfg.eval.splits}_{split}")}
-        example, answers = examples[e["id"]], [parse_turn(task, text)[2] for text in e["answers"]]
-        shown = [task.feedback(example, answer) for answer in answers]
+    for e in pool[:6]:
+        answers = [parse_turn(task, text)[2] for text in e["answers"]]
+        shown = [task.feedback(e["example"], answer) for answer in answers]
         rows.append({"label": f"{e['id']}   last turn: {e['last']}",
-                     "captions": [task.question(example)[0], *e["answers"]],
-                     "images": [task.image(example), *shown],
+                     "captions": [task.question(e["example"])[0], *e["answers"]],
+                     "images": [task.image(e["example"]), *shown],
                      "verdicts": ["", *("right" if ok else "wrong" for ok in e["right"])]})
     data_prep.film_strip(run.folder / "episodes.png", rows, run.folder.name)
     table = data_prep.table(models)
@@ -1569,9 +1534,9 @@ def main(words):
     name += "" if cfg.profile == "default" else f"-{cfg.profile}"
     folder = Path(cfg.run or f"runs/{name}")
     print(f"run folder: {folder}")
-    if cfg.mode == "train":
-        return train(cfg, flat, words, folder)
     task, run = TASKS[cfg.task](cfg), Run(folder, flat | fingerprint(cfg))
+    if cfg.mode == "train":
+        return train(cfg, words, task, run)
     rows, _, played = evaluate(load_policy(cfg.model, cfg), task, cfg)
     if worker() == 0:
         report(run, task, {cfg.model: rows}, played)
