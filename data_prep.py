@@ -260,11 +260,9 @@ def make_map(rng, n, look, cell):
             return {"layout": layout, "look": look}, draw_grid(layout, look, cell)
 
 # ==================== 2. Grounding ================================================================
-# The embedded model reads and says these words alone: find the red page check it say cells point
-# offset move far here up down left right path ice hole elf gift crash start found edge short past
-# longer exact, and 0 to 24. Its points are multiples of 4 pixels: a target has 4 or more a side.
-# Pictures with a question about one thing in them. `embedded`: 96 x 96 pixels and colours only, for
-# a small model that says coordinates in multiples of 4. `text`: words and numbers, for real models.
+# Pictures with a question about one thing in them. `text`: words and numbers, for real models.
+# `embedded`: 96 x 96 pixels and colours only, for the embedded model. Its words are 0 to 24 and
+# WORDS in assets/make_embedded.py. It points at multiples of 4 pixels: targets are no smaller.
 
 RED = (225, 25, 30)  # the target of an embedded figure
 BLUE = (30, 60, 235)  # what distracts from it
@@ -287,8 +285,7 @@ FIGURES = {
 LOOK_ALIKES = 4, 8  # lowest and highest number in a picture
 
 def figure_plan(kind, train, test):
-    """{split: [(shape, size, kind, look-alikes), ...]}: tests first, so that they do not depend on
-    `train`."""
+    """{split: [(shape, size, kind, look-alikes), ...]}; test comes first, as for navigation."""
     plan = {f"{part}_{name}": [(*figure, kind, kind == "embedded" and name != "id")] * test
             for part in ("test", "dev") for name, figure in FIGURES[kind].items()}
     return plan | {"train": [(*FIGURES[kind]["id"], kind)] * train}
@@ -326,8 +323,7 @@ def _write(draw, box, text, letters, ink):
     draw.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), text, ink, letters, anchor="mm")
 
 def _mark_parts(rng, fills, alike):
-    """Set up to three of these colours to BLUE, one to RED, before that some to look-alikes; return
-    the index of the red one."""
+    """Make some of these colours look-alikes, then up to three BLUE and one RED; its index."""
     for i in rng.sample(range(len(fills)), rng.randint(*LOOK_ALIKES)) if alike else ():
         fills[i] = near_colour(rng, RED)
     for i in rng.sample(range(len(fills)), rng.randint(0, 3)):
@@ -342,7 +338,7 @@ def _embedded_table(rng, size, colours, alike):
     for count in (rng.randint(*size), rng.randint(*size)):
         # Cells of small tables are about as large as those of large ones: crops of both look alike.
         # With 14 parts a cell keeps 5 pixels, so it contains a multiple of 4 for the model.
-        length = CANVAS if count > 7 else round(count * rng.uniform(7, 16))
+        length = CANVAS if count > 6 else round(count * rng.uniform(7, 16))
         ends = np.cumsum([0] + [rng.uniform(1, 1.2) for _ in range(count)])
         low = rng.randint(0, CANVAS - length)
         edges.append((low + ends * length / ends[-1]).round().astype(int).tolist())
@@ -450,7 +446,7 @@ def _bars(rng, size, colours, text=False, alike=False):
     question = "find the red"
     if text:
         names = rng.sample(rng.choice((CITIES, GOODS, YEARS)), count)
-        _write_bars(rng, draw, names, (left, base, right), most, colours)
+        _write_bars(rng, draw, names, left, base, right, most, colours)
         options = [("tallest bar", np.argmax(heights)), ("lowest bar", np.argmin(heights)),
                    (f"bar of '{names[target]}'", target)]
         asked, target = rng.choice(options)
@@ -464,9 +460,8 @@ def _bars(rng, size, colours, text=False, alike=False):
     image = image.transpose(Image.Transpose.ROTATE_270)  # a quarter turn to the right
     return question, (CANVAS - y1, x0, CANVAS - y0, x1), image
 
-def _write_bars(rng, draw, names, axes, most, colours):
+def _write_bars(rng, draw, names, left, base, right, most, colours):
     """Write title, ticks and names around bars of at most `most` pixels."""
-    left, base, right = axes
     letters = font(rng.randint(12, 18))
     title = rng.choice(("Sales", "Stock", "Orders", "Visits", "Output"))
     _write(draw, (left, 0, right, 50), title, letters, colours["ink"])
@@ -533,12 +528,6 @@ def draw_hairs(image, point):
     draw.line((0, y, image.width, y), fill=MARK, width=thick)
     draw.circle((x, y), 3 + 2 * thick, outline=MARK, width=thick)
     draw.circle((x, y), thick, fill=MARK)
-    return copy
-
-def draw_box(image, box):
-    """A copy of a picture with a frame around its target, for people."""
-    copy = image.copy()
-    ImageDraw.Draw(copy).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=(255, 0, 255))
     return copy
 
 # ==================== 3. Data folders =============================================================
@@ -652,9 +641,7 @@ def check_figure(record):
 
 def read_examples(path, check=lambda record: None):
     """The examples of a JSONL file. One without "id" is called line-N; images are not opened.
-
-    UserError, "file:line: reason", for the first unusable line. check(record) may add to it.
-    """
+    UserError, "file:line: reason", for the first unusable line. check(record) may add to it."""
     folder = Path(path).parent.resolve()
     records = {}
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
@@ -681,10 +668,8 @@ def read_examples(path, check=lambda record: None):
 
 def make_folder(folder, task, plan, make, **more):
     """Write a made data set, unless it is there. The same plan gives the same bytes.
-
     plan: {split: [arguments, ...]}, of what JSON can hold. make(rng, *arguments) gives (record,
-    image); no layout or picture is in two places.
-    """
+    image); no layout or picture is in two places."""
     folder = Path(folder)
     about = {"task": task, "plan": hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16],
              "counts": {split: len(plan[split]) for split in plan}} | more
@@ -717,8 +702,11 @@ def _write_folder(folder, about, plan, make):
                 image.save(building / record["image"], compress_level=1)
                 lines.append(json.dumps(record) + "\n")
                 if len(lines) <= 6:
-                    asked = "question" in record  # then its box is the target
-                    row["images"].append(draw_box(image, record["box"]) if asked else image)
+                    if "question" in record:  # then its box is the target, shown by a frame
+                        x0, y0, x1, y1 = record["box"]
+                        frame = (x0, y0, x1 - 1, y1 - 1)
+                        ImageDraw.Draw(image).rectangle(frame, outline="magenta")
+                    row["images"].append(image)
                     row["captions"].append(record.get("question", name))
             write_file(building / f"{split}.jsonl", "".join(lines))
             film_strip(building / f"preview_{split}.png", [row], side=500)
@@ -768,9 +756,8 @@ def make_official(data, maps, evals, cell):
     pictures = digest(*(picture for split in plan for _, picture, _ in plan[split] if picture))
     name = hashlib.sha256((json.dumps(plan) + pictures).encode()).hexdigest()[:8]
     folder = Path(data) / f"official-{name}"
-    drawn = {split: sum(not picture for _, picture, _ in plan[split]) for split in plan}
     make_folder(folder, "navigation", plan, _official_map,
-                splits=[split[5:] for split in plan if split != "train"], drawn_here=drawn)
+                splits=[split[5:] for split in plan if split != "train"])
     return folder
 
 def _read_official(file, training):
@@ -797,7 +784,6 @@ def _official_map(rng, layout, picture, cell):
     return {"layout": layout, "look": "official"} | more, image  # the box is what is not white
 
 # ==================== 4. Pictures for people ======================================================
-
 TEXT, FAINT = (40, 44, 52), (120, 126, 136)
 FRAMES = {"right": (0, 158, 115), "wrong": (213, 60, 40), "": (190, 195, 203)}
 # Okabe and Ito's palette: colour-blind readers too can tell its colours apart.

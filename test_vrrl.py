@@ -189,9 +189,6 @@ def fails(capsys, monkeypatch):
     return run
 
 # ==================== The method: loss ============================================================
-def weighed(advantages, weights):
-    return [SimpleNamespace(advantage=a, weights=w) for a, w in zip(advantages, weights)]
-
 @pytest.mark.parametrize("group, kept", [(2, 1), (3, 1), (2, 2)])
 def test_expected_gradient_of_the_loss_is_that_of_the_expected_reward(group, kept):
     """Two turns, all groups of rollouts enumerated; turns before `kept` are masked in each."""
@@ -206,14 +203,16 @@ def test_expected_gradient_of_the_loss_is_that_of_the_expected_reward(group, kep
     for chosen in itertools.product(paths, repeat=group):
         advantage = vrrl.advantages(torch.stack([rewards[path] for path in chosen])[None])[0]
         logps = [paths[path] for path in chosen]
-        loss = vrrl.policy_loss(weighed(advantage.tolist(), [mask] * group), logps, group)
+        episodes = [SimpleNamespace(advantage=a, weights=mask) for a in advantage.tolist()]
+        loss = vrrl.policy_loss(episodes, logps, group)
         mean = mean - sum(logp.sum() for logp in logps).exp().detach() * loss
     assert furthest(torch.autograd.grad(mean, logits), truth) < 1e-6
 
 @pytest.mark.parametrize("words", [[], ["rl.mask=expected", "rl.kl=0.3"], [
-    "rl.mask=none", "rl.std_norm=yes"], ["policy.freeze_vision=no"]], ids=" ".join)
+    "rl.mask=none", "rl.std_norm=yes"], ["policy.freeze_vision=no", "rl.kl=0.3"]], ids=" ".join)
 def test_an_rl_step_takes_the_gradient_of_the_methods_loss(tmp_path, monkeypatch, words):
-    """Against the loss written anew over plain forwards of the library, rollout by rollout."""
+    """Against the loss written anew over plain forwards of the library, rollout by rollout. The KL
+    term holds on masked turns too."""
     cfg = settings("rl.steps=3", "rl.questions=6", "rl.samples=3", "rl.rho=0.2", "policy.micro=5",
                    "policy.temperature=1", "buffer.force_think=yes", "buffer.right_share=0", *words)
     policy, play, played, taken = vrrl.load_policy(taught(), cfg), vrrl.play, [], []
@@ -264,31 +263,11 @@ def test_given_turns_feedback_and_forced_tokens_are_never_in_the_loss():
         assert e.turns[0].ids[:opened] == forced[:opened]
         assert [ids[c] for c, _ in e.actions] == [
             i for n, t in enumerate(e.turns) for i in t.ids[0 if n else opened :]]
-        assert len(policy.log_probs([e])[0][0]) == len(e.actions)
-
-@pytest.mark.parametrize("kl", [0.0, 0.4])
-def test_masked_tokens_get_no_gradient_and_micro_batches_add_up_over_rollouts(kl):
-    logps, refs = ([leaf(n, seed=n + s) for n in (3, 5, 2, 4)] for s in (0, 9))
-    advantage, rng = [0.3, -1.0, 0.5, 0.2], random.Random(0)
-    weights = [torch.tensor([rng.choice((0.0, 0.5, 1.0)) for _ in logp]) for logp in logps]
-    loss = lambda first, last, rollouts=8: vrrl.policy_loss(
-        weighed(advantage, map(torch.Tensor.tolist, weights))[first:last], logps[first:last],
-        rollouts, [ref.detach() for ref in refs[first:last]], kl)
-    whole, direct = loss(0, 4), 0.0
-    whole.backward()
-    assert (loss(0, 1) + loss(1, 4)).item() == pytest.approx(whole.item())
-    assert loss(0, 4, 16).item() == pytest.approx(whole.item() / 2)
-    for a, w, logp, ref in zip(advantage, weights, logps, refs):
-        gap = (ref - logp).detach()  # the KL term holds on masked tokens too
-        direct += (-a * (w * logp).sum() + kl * (gap.exp() - gap - 1).sum()).item() / 8
-        assert furthest([logp.grad], [(-a * w + kl * (1 - gap.exp())) / 8]) < 1e-9
-    assert whole.item() == pytest.approx(direct) and any(0 in w for w in weights)
 
 def test_the_baseline_is_the_mean_of_the_others_and_equal_rewards_have_no_advantage():
     rewards = leaf(3, 4).detach()
     found = vrrl.advantages(rewards)
     assert furthest([found], [[[r - (row.sum() - r) / 3 for r in row] for row in rewards]]) < 1e-12
-    assert found.sum(1).abs().max() < 1e-12 and found.abs().min() > 0
     scaled = vrrl.advantages(rewards, std_norm=True)
     assert furthest([scaled], [found / rewards.std(1, keepdim=True)]) < 1e-4
     for n, std_norm in itertools.product(range(100), (False, True)):  # in fp32, as `rl` makes them
@@ -461,28 +440,19 @@ def test_every_pass_over_the_items_is_whole_and_in_a_new_order():
     assert all(sorted(one) == list("abcdefgh") for one in passes) and len(set(passes)) == 3
 
 # ==================== Policy ======================================================================
-def dialogues(policy):
-    """Conversations of different length about different pictures."""
-    return [scripted(policy, t, n) for n, t in enumerate(("A 3 4; F", "A 3 4; T 24 0; F", "F"))]
-
-@pytest.mark.parametrize("kind, temperature", [*itertools.product(KINDS, (1.0, 0.5))])
-def test_log_probs_equal_those_of_a_plain_forward_of_the_library(kind, temperature):
-    policy = policy_of(kind, f"policy.temperature={temperature}")
-    episodes = dialogues(policy)
-    logps, entropies = policy.log_probs(episodes)
-    assert furthest(logps, [library_log_probs(policy, e) for e in episodes]) < 1e-4
-    logp = library_rows(policy, episodes[1])[0][:, ~policy.banned]
-    assert furthest([entropies[1]], [-(logp.exp() * logp).sum(-1)]) < 1e-3
-
 @pytest.mark.parametrize("kind", ["taught", *KINDS])
-def test_recorded_log_probs_equal_recomputed_ones_and_greedy_is_the_likeliest(kind, monkeypatch):
+def test_log_probs_of_sampling_and_training_are_the_librarys(kind, monkeypatch):
+    """Their entropies too; and greedy play says what is likeliest."""
     policy = policy_of(kind)
     kind == "taught" or talkative(monkeypatch)
     episodes = sampled(policy)
     assert max(len(e.turns) for e in episodes) == 3 and any(e.given for e in episodes)
     recorded = [[p for t in e.turns for p, m in zip(t.logps, t.loss_tokens) if m] for e in episodes]
-    assert furthest(policy.log_probs(episodes)[0], recorded) < 2e-4
-    assert furthest([library_log_probs(policy, e) for e in episodes], recorded) < 2e-4
+    logps, entropies = policy.log_probs(episodes)
+    assert furthest(logps, recorded) < 2e-4
+    assert furthest(logps, [library_log_probs(policy, e) for e in episodes]) < 1e-4
+    rows = [library_rows(policy, e)[0][:, ~policy.banned] for e in episodes]
+    assert furthest(entropies, [-(logp.exp() * logp).sum(-1) for logp in rows]) < 1e-3
     for e in vrrl.play(policy, made("grounding"), starts_of(policy, 3), 1, 3):  # greedy
         logp, ids = library_rows(policy, e)
         assert torch.equal(logp.argmax(-1), ids)
@@ -514,8 +484,7 @@ def test_only_plain_tokens_and_the_end_of_a_turn_are_sampled():
     logp = policy.log_softmax(torch.randn(3, 64, device=policy.device))
     words = [policy.end_id, *(i for word in vrrl.TAGS for i in policy.encode(word))]
     assert torch.isneginf(logp[:, banned]).all() and torch.isfinite(logp[:, words]).all()
-    ids = [i for e in sampled(policy, 4, 0, 16, 1) for i in e.turns[0].ids]
-    assert len(set(ids)) > 30 and len(banned) == 4 + 19 and not {*banned} & {*ids}
+    assert len(banned) == 4 + 19
 
 @torch.no_grad()
 def test_sampled_tokens_follow_their_probabilities():
@@ -574,7 +543,8 @@ def test_checkpointing_and_shared_openings_change_no_gradient(kind, frozen, monk
 @pytest.mark.parametrize("kind, system", [*itertools.product(KINDS, ("", "find the way"))])
 def test_a_conversation_has_the_ids_of_the_chat_template_and_tags_stand_apart(kind, system):
     policy, task = policy_of(kind, f"policy.system={system}"), made("grounding")
-    for e in dialogues(policy):
+    for number, short in enumerate(("A 3 4; F", "A 3 4; T 24 0; F", "F")):
+        e = scripted(policy, short, number)
         text = [{"type": "text", "text": text} for text in (*task.question(e.example), system)]
         talk, image = [{"role": "system", "content": text[2:]}] * bool(system), {"type": "image"}
         for n, turn in enumerate(e.turns):
@@ -631,9 +601,8 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_tenth_stops_the_run()
 # ==================== Tasks =======================================================================
 @pytest.mark.parametrize("text, exact, near, thought", [
     ("12 12", True, 1.0, "here"), ("10 10", True, 0.826304, "right 2 down 2"),
-    ("13 13", True, 0.951531, "left 1 up 1"), ("14 12", False, 0.906614, "left 2"),
-    ("12 14", False, 0.906614, "up 2"), ("7 13", False, 0.579167, "right 5 up 1"),
-    ("6 12", False, 0.494206, "far"), ("0 0", False, 0.067669, "far")])
+    ("14 12", False, 0.906614, "left 2"), ("12 14", False, 0.906614, "up 2"),
+    ("7 13", False, 0.579167, "right 5 up 1"), ("6 12", False, 0.494206, "far")])
 def test_pointing_by_hand(text, exact, near, thought):
     """The box 40..56 has its centre at 48; an answer stands for 4 pixels, a crop has 48."""
     task = bare("grounding")
@@ -644,7 +613,6 @@ def test_pointing_by_hand(text, exact, near, thought):
 
 def test_pointing_settings_and_edges():
     task, real = bare("grounding"), bare("grounding", "points.scale=1000", "points.crop=200")
-    assert task.same((3, 4), (3, 4)) and not task.same((3, 4), (3, 5))
     for text, new in (("306 407", False), ("306 408", True)):  # a jitter is a repetition
         assert vrrl.well_formed(real, parsed(real, f"A 300 400; T {text}; F")) == new
     image = {"size": [400, 300], "box": [100, 100, 140, 120], "within": 0}
@@ -665,11 +633,10 @@ def test_with_scale_0_an_answer_is_a_pixel_of_the_picture_as_the_model_sees_it()
     assert task.pixel(example, (42, 70)) == (48, 75) and task.exact(example, task.right(example))
 
 @pytest.mark.parametrize("moves, outcome, progress", [
-    (EXACT, "exact", 1), ("down down right right", "exact", 1),
-    ("right left right right down down", "longer", 0.25), (EXACT + " up", "past", 0),
+    (EXACT, "exact", 1), ("right left right right down down", "longer", 0.25),
     (EXACT + " up down", "past", 0), (EXACT + " down", "edge", 0), ("up " + EXACT, "edge", 0),
     ("right right right down down", "edge", 0.5), ("right down down right", "hole", 0.25),
-    ("right right down", "short", 0.75), ("down", "short", 0.25), ("right left", "short", 0.25)])
+    ("right right down", "short", 0.75), ("right left", "short", 0.25), (EXACT + " up", "past", 0)])
 def test_a_walk_by_hand(moves, outcome, progress):
     task = bare("navigation")
     way = task.parse(f" {moves.replace(' ', ', ').upper()}\n")
@@ -818,7 +785,6 @@ def test_maps_are_solvable_in_no_two_places_and_other_ways_are_drawn_otherwise(t
 
 def test_the_shipped_model_has_all_words_of_its_tasks():
     policy = vrrl.load_policy("assets/embedded", settings())
-    policy.tokenizer.unk_token_id in policy.encode("offset") and pytest.skip("an older model")
     for name in ("grounding", "navigation"):
         task, texts = made(name), {"far here edge hole past short longer"}
         texts |= {word for e in task.examples("test_id") for word in task.question(e)}
@@ -934,9 +900,8 @@ def test_a_run_that_was_stopped_and_killed_ends_as_one_that_was_not(tmp_path):
         assert (folder / name).read_bytes() == (whole() / name).read_bytes(), name
 
 @pytest.mark.parametrize("name, content", [
-    ("run/settings.yaml", "a: ["), ("run/settings.yaml", "- 1"), ("run/settings.yaml", "\0"),
-    ("sft-*/evaluation-*.json", "{"), ("sft-*/model/config.json", ""),
-    ("sft-*/settings.yaml", "5")])
+    ("run/settings.yaml", "a: ["), ("sft-*/settings.yaml", "5"),
+    ("sft-*/evaluation-*.json", "{"), ("sft-*/model/config.json", "")])
 def test_a_damaged_file_of_a_run_is_named_in_one_line(fails, tmp_path, name, content):
     shutil.copytree(whole().parent, tmp_path / "x")
     (tmp_path / "x" / "run" / "results.json").unlink()
@@ -1035,9 +1000,8 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(what, tmp_path, fails
 
 # ==================== Bad input ===================================================================
 @pytest.mark.parametrize("word, said", [
-    ("sed=3", "nearest: seed"), ("rl.step=3", "nearest: rl.steps"), ("lr=1", "nearest: "),
-    ("steps", "key=value"), ("--seed", "key=value"), ("seed=three", "0 to 1000000"),
-    ("rl.steps=1.5", "a whole number"), ("seed=", "not allowed"), ("rl.rho=1.01", "0 to 1"),
+    ("rl.step=3", "nearest: rl.steps"), ("lr=1", "nearest: "), ("--seed", "key=value"),
+    ("seed=three", "0 to 1000000"), ("rl.steps=1.5", "a whole number"), ("rl.rho=1.01", "0 to 1"),
     ("rl.lr=nan", "0 to 1"), ("rl.std_norm=maybe", "yes, no"), ("method=ppo", "sft"),
     ("model=nowhere", "model=nowhere"), ("model=assets/x", "config.json"), ("model=/tmp", "/tmp"),
     ("model=", "model="), ("none.yaml", "none.yaml: cannot be read"), ("rl: {steps: [", "as YAML"),
@@ -1050,76 +1014,63 @@ def test_a_wrong_word_or_file_of_settings_is_one_clear_line(fails, tmp_path, wor
     assert said in fails(vrrl.main, [word])
 
 def test_a_config_file_edited_at_random_is_used_or_refused_in_one_line(tmp_path, monkeypatch):
-    rng, lines = random.Random(0), (vrrl.HERE / "config.yaml").read_text().splitlines()
+    rng, whole = random.Random(0), (vrrl.HERE / "config.yaml").read_text()
     monkeypatch.setattr(vrrl, "HERE", tmp_path)
+    odd = ":", "[", "]", "- ", "\t", "é", "null", "1e999", "{}", ", ", "..", "  ", ""
     refused = 0
     for _ in range(200):
-        edited = [*lines]
-        at = rng.randrange(len(edited))
-        cut = rng.randrange(len(edited[at]) + 1)
-        edited[at] = edited[at][:cut] + rng.choice((
-            "", ":", "[", "]", "- ", "\t", "é", "null", "1e999", "{}", ", ", "..", "  "))
-        edited[at] += rng.choice(("", lines[at][cut:]))
-        del edited[rng.randrange(len(edited)) :][: rng.choice((0, 0, 1))]
-        (tmp_path / "config.yaml").write_text("\n".join(edited))
+        at = rng.randrange(len(whole))
+        end = rng.choice((at, whole.index("\n", at)))  # the rest of the line stays, or goes
+        (tmp_path / "config.yaml").write_text(whole[:at] + rng.choice(odd) + whole[end:])
         try:
             vrrl.read_config([f"method={rng.choice([*CONFIG['methods']])}"])
         except vrrl.UserError as error:
             refused += "\n" not in str(error)
     assert 20 < refused < 200
 
-@pytest.mark.parametrize("lost", [
-    "model.safetensors", "tokenizer.json", "preprocessor_config.json", "config.json", "a tensor"])
-def test_a_model_that_is_not_whole_is_one_clear_line(fails, tmp_path, lost):
-    shutil.copytree(folder_of("embedded"), tmp_path / "model")
-    (tmp_path / "model" / lost).unlink(missing_ok=True)
-    if lost == "a tensor":
-        model = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
-        del model.model.language_model.norm.weight
-        model.save_pretrained(tmp_path / "model")
-    word = f"model={tmp_path / 'model'}"
-    assert word in fails(vrrl.main, words_of(tmp_path / "run", word, "mode=eval"))
-
 def changed(name, **keys):
     """A change of a JSON file of a model's folder."""
     def change(folder):
         found = json.loads((folder / name).read_text())
-        for key, value in keys.items():
-            inner, _, last = key.rpartition("__")
-            (found[inner] if inner else found)[last] = value
-        (folder / name).write_text(json.dumps(found))
+        (folder / name).write_text(json.dumps(found | keys))
     return change
 
-def with_a_weight_of_nan(folder):
-    weights = load_file(folder / "model.safetensors")
-    next(iter(weights.values())).view(-1)[0] = math.nan
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+def reweighed(change):
+    """A change of a model's weights, {name: tensor}."""
+    def change_file(folder):
+        weights = load_file(folder / "model.safetensors")
+        change(weights)
+        save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return change_file
 
 def thinking(folder):
     template = (folder / "chat_template.jinja").read_text()
     ends = template.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     (folder / "chat_template.jinja").write_text(ends)
 
-@pytest.mark.parametrize("change, said", [
-    (changed("config.json", model_type="qwen2_vl"), "it is a qwen2_vl"),
-    (changed("config.json", model_type="llava"), "it is a llava"),
-    (changed("preprocessor_config.json", patch_size=14), "(14, 2, 2) in its image processor"),
-    (changed("preprocessor_config.json", merge_size=1), "(8, 1, 2) in its image processor"),
-    (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapters alone"),
-    (with_a_weight_of_nan, "is not finite"), (thinking, "opens a reply otherwise"),
-    (lambda folder: shutil.move(shutil.copytree(folder, folder.parent / "x"), folder / "model"),
-     "the folder of a run"),
-    (lambda folder: more_words(folder), "words, its embedding")])
-def test_models_that_do_not_fit_are_refused_in_one_line(fails, tmp_path, change, said):
-    shutil.copytree(folder_of("embedded"), tmp_path / "model")
-    change(tmp_path / "model")
-    word = f"model={tmp_path / 'model'}"
-    assert said in fails(vrrl.main, words_of(tmp_path / "run", word, "mode=eval"))
-
 def more_words(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"word{n}" for n in range(99)])
     tokenizer.save_pretrained(folder)
+
+@pytest.mark.parametrize("change, said", [
+    *((lambda folder, name=name: (folder / name).unlink(), "") for name in (
+        "model.safetensors", "tokenizer.json", "preprocessor_config.json", "config.json")),
+    (reweighed(lambda found: found.pop("model.language_model.norm.weight")), "lack 1 tensors"),
+    (reweighed(lambda found: [*found.values()][0].view(-1)[:1].fill_(math.nan)), "is not finite"),
+    (changed("config.json", model_type="qwen2_vl"), "it is a qwen2_vl"),
+    (changed("preprocessor_config.json", patch_size=14), "(14, 2, 2) in its image processor"),
+    (changed("preprocessor_config.json", merge_size=1), "(8, 1, 2) in its image processor"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapters alone"),
+    (thinking, "opens a reply otherwise"), (more_words, "words, its embedding"),
+    (lambda folder: shutil.move(shutil.copytree(folder, folder.parent / "x"), folder / "model"),
+     "the folder of a run")])
+def test_models_with_lost_or_unfit_parts_are_refused_in_one_line(fails, tmp_path, change, said):
+    shutil.copytree(folder_of("embedded"), tmp_path / "model")
+    change(tmp_path / "model")
+    word = f"model={tmp_path / 'model'}"
+    line = fails(vrrl.main, words_of(tmp_path / "run", word, "mode=eval"))
+    assert word in line and said in line
 
 @pytest.mark.parametrize("text", ["find <|im_end|>", "<|image_pad|>", "find \ue000"])
 def test_texts_with_tokens_of_the_models_own_are_refused_where_they_stand(fails, tmp_path, text):
@@ -1154,7 +1105,7 @@ def own(folder, *lines, count=24, size=(40, 30), box=(4, 5, 21, 25.5)):
 
 @pytest.mark.parametrize("line, reason", [
     ("{not json", "JSON"), ("[]", "JSON object"), ({"image": "none.png"}, "none.png"),
-    ({"image": "/etc/passwd"}, "/etc/passwd"), ({"image": "../x.png"}, "../x.png"),
+    ({"image": "/etc/passwd"}, "leads out"), ({"image": "../x.png"}, "leads out"),
     ({"image": "my.jsonl"}, "not a usable image"), ({"image": 3}, '"image"'), ({"id": 5}, '"id"'),
     ({"id": "line-1"}, "twice"), ({"question": " "}, '"question"'), ({"box": None}, '"box"'),
     ({"box": [1, 2, 3, True]}, '"box"'), ({"layout": [], "question": None}, '"question"'),
@@ -1304,8 +1255,8 @@ def test_help_exits_0_and_names_every_setting_and_a_mistake_exits_2(capsys):
     assert (said.returncode, said.stderr) == (0, b"")
 
 # ==================== The repository ==============================================================
-LINES = {"vrrl.py": 1630, "data_prep.py": 967, "assets/make_embedded.py": 264,
-         "results/study.py": 350, "test_vrrl.py": 1347, "config.yaml": 170, "README.md": 200}
+LINES = {"vrrl.py": 1577, "data_prep.py": 910, "assets/make_embedded.py": 250,
+         "results/study.py": 317, "test_vrrl.py": 1288, "config.yaml": 163, "README.md": 200}
 PACKAGES = "numpy torch transformers tokenizers safetensors yaml tqdm PIL pytest vrrl data_prep"
 @pytest.mark.parametrize("name", LINES)
 def test_files_stay_short_and_import_few_packages(name):

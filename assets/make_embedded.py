@@ -40,11 +40,9 @@ CHAT = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% for c in m.content 
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 def build(seed):
-    """(model, tokenizer, image processor) with random weights.
-
-    A visual token is 16 x 16 pixels, 2 x 2 patches. `initializer_range` decides whether it learns
-    to see: with the usual 0.02 a model this small does not.
-    """
+    """(model, tokenizer, image processor) with random weights. A visual token is 16 x 16 pixels,
+    2 x 2 patches. `initializer_range` decides whether it learns to see: with the usual 0.02 a model
+    this small does not."""
     names = "endoftext im_start im_end vision_start vision_end image_pad video_pad unknown".split()
     special = [f"<|{name}|>" for name in names]
     words = [*special, *vrrl.TAGS, *WORDS, *map(str, range(25))]
@@ -64,9 +62,8 @@ def build(seed):
     vision = dict(depth=1, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=8,
                   spatial_merge_size=2, temporal_patch_size=2, out_hidden_size=128,
                   num_position_embeddings=256, deepstack_visual_indexes=[], initializer_range=0.06)
-    ids = {f"{name}_token_id": vocabulary[f"<|{word}|>"] for name, word in
-           (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"),
-            ("vision_end", "vision_end"))}
+    ids = {f"{name.removesuffix('_pad')}_token_id": vocabulary[f"<|{name}|>"]
+           for name in ("image_pad", "video_pad", "vision_start", "vision_end")}
     config = transformers.Qwen3VLConfig(text_config=text, vision_config=vision,
                                         tie_word_embeddings=True, **ids)
     torch.manual_seed(seed)
@@ -128,29 +125,25 @@ def pointing_talk(rng, pictures, task):
     record, image = data_prep.make_figure(rng, shape, size)
     example, scale = {**record, "size": image.size}, task.cfg.points.scale
 
-    def somewhere():
-        """Mostly where a crop shows the target."""
-        x, y = task.right(example)
-        if rng.random() < 0.3:
-            return task.wrong(example, rng)
-        return tuple(min(max(c + rng.randint(-6, 6), 0), scale) for c in (x, y))
+    def near(point, reach):
+        """Another point, at most so far away along each side."""
+        return tuple(min(max(c + rng.randint(-reach, reach), 0), scale) for c in point)
 
-    point = somewhere()
+    # Mostly where a crop shows the target.
+    point = task.wrong(example, rng) if rng.random() < 0.3 else near(task.right(example), 6)
     if pictures == 1 and rng.random() < 0.7:  # crops from the first stage on
-        shown, kind = crop(image, example, point, task), rng.random()
-        if kind < 0.5:
+        shown = data_prep.draw_crop(image, task.pixel(example, point), task.cfg.points.crop)
+        if rng.random() < 0.5:
             return [(shown, "say the cells", red_cells(example, point, task))]
         return [(shown, "say the offset", task.thought(example, point))]
     hairs = data_prep.draw_hairs(image, task.pixel(example, point))
     talk = [(hairs, "say the point", task.say(point))]
     while len(talk) < pictures:
-        shown = crop(image, example, point, task)
+        shown = data_prep.draw_crop(image, task.pixel(example, point), task.cfg.points.crop)
         if rng.random() < 0.5:
             talk.append((shown, "say the offset", task.thought(example, point)))
             continue
-        reach = rng.randint(1, 6)
-        x, y = rng.randint(-reach, reach), rng.randint(-reach, reach)
-        there = min(max(point[0] + x, 0), scale), min(max(point[1] + y, 0), scale)
+        there = near(point, rng.randint(1, 6))
         x, y = there[0] - point[0], there[1] - point[1]
         words = [f"{'left' if x < 0 else 'right'} {abs(x)}"] if x else []
         words += [f"{'up' if y < 0 else 'down'} {abs(y)}"] if y else []
@@ -166,17 +159,13 @@ def red_cells(example, point, task):
     return " ".join("red" if x0 < c + 16 and x1 > c and y0 < r + 16 and y1 > r else "page"
                     for r in range(top, top + side, 16) for c in range(left, left + side, 16))
 
-def crop(image, example, point, task):
-    return data_prep.draw_crop(image, task.pixel(example, point), task.cfg.points.crop)
-
 def lesson(policy, talk, number):
     """A conversation as an Episode whose answers are all taught."""
-    episode = None
-    for (image, question, answer), after in zip(talk, [*talk[1:], None]):
-        picture = vrrl.Picture(image, policy.processor)
-        if episode is None:
-            head, _, _ = policy.prompt(question, "")
-            episode = vrrl.Episode({}, policy.place(head, picture), picture, number)
+    picture = vrrl.Picture(talk[0][0], policy.processor)
+    head, _, _ = policy.prompt(talk[0][1], "")
+    asked = {"talk": [(question, answer) for _, question, answer in talk]}  # for count_right
+    episode = vrrl.Episode(asked, policy.place(head, picture), picture, number)
+    for (_, _, answer), after in zip(talk, [*talk[1:], None]):
         ids = [*policy.encode(answer), policy.end_id]
         turn = vrrl.Turn(ids, [True] * len(ids))
         if after:
@@ -201,14 +190,14 @@ def start_maker(words, folder):
     start_maker.task.cfg = cfg
 
 def make_batch(job):
-    """(episodes, talks) of one update; job: (seed, stage, step, most pictures)."""
-    rng, talks, episodes = random.Random(f"{job[:3]}"), [], []
+    """The episodes of one update; job: (seed, stage, step, most pictures)."""
+    rng, episodes = random.Random(f"{job[:3]}"), []
     for number in range(BATCH):
         pictures = rng.randint(1, job[3])
-        talks.append(navigation_talk(rng, pictures) if number % 3 == 0 else
-                     pointing_talk(rng, pictures, start_maker.task))
-        episodes.append(lesson(start_maker.policy, talks[-1], number))
-    return episodes, [[(question, answer) for _, question, answer in talk] for talk in talks]
+        talk = (navigation_talk(rng, pictures) if number % 3 == 0 else
+                pointing_talk(rng, pictures, start_maker.task))
+        episodes.append(lesson(start_maker.policy, talk, number))
+    return episodes
 
 def in_advance(makers, jobs, most=40):
     """The results of make_batch in order; at most so many are made before they are wanted."""
@@ -232,33 +221,30 @@ def main(words):
     for stage, steps, wave, most, peak in STAGES:
         optimizer, seen = vrrl.AdamW(policy), {}
         jobs = [(cfg.seed, stage, step, most) for step in range(1, steps + 1)]
-        for step, (episodes, talks) in enumerate(in_advance(makers, jobs), 1):
+        for step, episodes in enumerate(in_advance(makers, jobs), 1):
             tokens = sum(len(e.actions) for e in episodes)
             for part in vrrl.micro_batches(episodes, BATCH):
                 logps, _ = policy.log_probs(part)
                 (-torch.cat(logps).sum() / tokens).backward()
                 if step % 50 > 44:
-                    count_right(part, logps, talks, seen)
+                    count_right(part, logps, seen)
             warm = min(1.0, step / 100)
             optimizer.step(peak * warm * (0.55 + 0.45 * math.cos(math.pi * step / wave)))
             if step % 50 == 0 or step == steps:
                 shown = {name: round(sum(p) / len(p), 2) for name, p in sorted(seen.items())}
                 print(f"{stage} {step}/{steps}, {time.time() - began:.0f} s: {shown}", flush=True)
                 seen.clear()
-            if step % 200 == 0 or step == steps:
-                policy.save(folder)
+        policy.save(folder)
     makers.terminate()
 
-def count_right(episodes, logps, talks, seen):
+def count_right(episodes, logps, seen):
     """Collect, by question, the probability of each whole answer."""
     for episode, logp in zip(episodes, logps):
-        logp, at = logp.detach().cpu(), 0
-        for turn, (question, text) in zip(episode.turns, talks[episode.start]):
-            name = " ".join(question.split()[:3]) if question.startswith("say") else "move"
-            name += " of a crop" * (name == "say the cells" and "page" in text)
-            chance = logp[at : at + len(turn.ids)].sum().exp().item()
-            seen.setdefault(name, []).append(chance)
-            at += len(turn.ids)
+        parts = logp.detach().cpu().split([len(turn.ids) for turn in episode.turns])
+        for part, (question, answer) in zip(parts, episode.example["talk"]):
+            name = question if question.startswith("say") else "move"
+            name += " of a crop" * (name == "say the cells" and "page" in answer)
+            seen.setdefault(name, []).append(part.sum().exp().item())
 
 if __name__ == "__main__":
     vrrl.run_main(main, sys.argv[1:])
