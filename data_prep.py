@@ -232,23 +232,26 @@ def wrong_path(layout, path, exact, rng):
         if wrong and not exact(wrong):
             return wrong
 
-def navigation_plan(train, test):
-    """{split: [(size, look), ...]}. Test comes first, so that other counts leave it as it is."""
+def navigation_plan(train, test, cell):
+    """{split: [(n, look, cell), ...]}. Test comes first: other counts leave it as it is."""
     plan = {}
     for part in ("test", "dev"):
         for kind, sizes, looks in (("id", (3, 4, 5), ("snow",)), ("size", (6, 7), ("snow",)),
                                    ("look", (3, 4, 5), ("night", "desert", "ink"))):
-            plan[f"{part}_{kind}"] = [(sizes[i % len(sizes)], looks[i // len(sizes) % len(looks)])
-                                      for i in range(test)]
+            plan[f"{part}_{kind}"] = [
+                (sizes[i % len(sizes)], looks[i // len(sizes) % len(looks)], cell)
+                for i in range(test)]
     rng = random.Random("order")
     sizes = [3] * min(300, train // 10) + [4] * round(0.3 * train)  # few 3 x 3 maps exist
     sizes += [5] * (train - len(sizes))
     rng.shuffle(sizes)
-    plan["train"] = [(size, rng.choice(MIXES) if i % 4 else "snow") for i, size in enumerate(sizes)]
+    plan["train"] = [(size, rng.choice(MIXES) if i % 4 else "snow", cell)
+                     for i, size in enumerate(sizes)]
     return plan
 
 def make_map(rng, n, look, cell):
-    """(record, image) of a new n x n map: 10 % to 35 % holes, the goal 2 or more moves away."""
+    """(record, image) of a new n x n map of cells of so many pixels: 10 to 35 % are holes, and the
+    goal is 2 or more moves away."""
     least = rng.randint(2, n) if n >= 4 else 2  # otherwise near goals prevail
     for _ in tries("map"):
         holes = round(rng.uniform(0.1, 0.35) * (n * n - 2))

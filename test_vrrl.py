@@ -1062,7 +1062,7 @@ def more_words(folder):
     (changed("preprocessor_config.json", patch_size=14), "(14, 2, 2) in its image processor"),
     (changed("preprocessor_config.json", merge_size=1), "(8, 1, 2) in its image processor"),
     (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapters alone"),
-    (thinking, "opens a reply otherwise"), (more_words, "words, its embedding"),
+    (thinking, "opens a turn otherwise"), (more_words, "words, its embedding"),
     (lambda folder: shutil.move(shutil.copytree(folder, folder.parent / "x"), folder / "model"),
      "the folder of a run")])
 def test_models_with_lost_or_unfit_parts_are_refused_in_one_line(fails, tmp_path, change, said):
@@ -1255,7 +1255,7 @@ def test_help_exits_0_and_names_every_setting_and_a_mistake_exits_2(capsys):
     assert (said.returncode, said.stderr) == (0, b"")
 
 # ==================== The repository ==============================================================
-LINES = {"vrrl.py": 1577, "data_prep.py": 910, "assets/make_embedded.py": 250,
+LINES = {"vrrl.py": 1583, "data_prep.py": 913, "assets/make_embedded.py": 250,
          "results/study.py": 317, "test_vrrl.py": 1288, "config.yaml": 163, "README.md": 200}
 PACKAGES = "numpy torch transformers tokenizers safetensors yaml tqdm PIL pytest vrrl data_prep"
 @pytest.mark.parametrize("name", LINES)

@@ -14,15 +14,15 @@ The algorithm, with the default of each number beside its name (task `grounding`
     repeat rl.steps 250 times:
         for each of rl.questions 32 questions:
             with probability rl.rho 0.6: start = the question
-            otherwise (a roll-in):       start = a state from D, with probability 0.3 a right one
-                                         (the question, where that queue is empty)
+            otherwise (a roll-in):       start = a state from D, of another question, with
+                probability 0.3 a right one (the question, where that queue is empty)
             sample rl.samples G = 8 rollouts at policy.temperature 0.5, of rl.max_turns 3 new turns
-                at most; after each answer the policy is shown feedback: the answer in the picture
+                at most; after each answer but the last turn's it is shown the answer in the picture
             R_i = max(1 if right, 0.1 + 0.9 r_i), 0 if malformed; r_i: progress of corrections
             A_i = R_i - mean of the other G - 1 rewards    (REINFORCE with a baseline)
             fresh rollouts only: k ~ U{1..T} of the T turns; turns before k leave the loss
-        one AdamW step (rl.lr 3e-4) on  - 1/N sum_i A_i sum of log pi over the tokens in the loss
-        D.append(a state of each fresh rollout, cut where the policy had to commit or correct)
+        one Adam step (rl.lr 3e-4) on  - 1/(32 G) sum_i A_i sum of log pi over tokens in the loss
+        D.append(each fresh rollout up to its first wrong answer that was shown, or its last one)
 
 Left out of the paper's GRPO: the standard deviation that divides A (here a setting), and the
 clipped importance ratio (each batch is used once, so the ratio is 1). README.md lists the rest.
@@ -31,7 +31,7 @@ Read it from top to bottom, in the order in which an episode lives: 1 settings, 
 right), 3 conversation (turns as token ids), 4 policy (the VLM), 5 rollouts, 6 reward, 7 buffer,
 8 loss, 9 SFT, 10 RL (the loop above), 11 evaluation with probes, 12 a run (workers, checkpoints).
 
-What a fork changes, and where: a task is a subclass in section 2, a word in TASKS and a row of
+What a fork changes, and where: a task is a subclass in section 2, an entry in TASKS and a row of
 config.yaml; a method is a row of config.yaml, made of its settings; a mask is a line of
 `turn_weights` (section 8); the reward is section 6; a model is `model=FOLDER`. Pictures are made in
 data_prep.py, which knows nothing of learning. `python vrrl.py --help` lists all settings.
@@ -58,12 +58,11 @@ transformers.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 
 # ==================== 1. Settings =================================================================
-# config.yaml names every setting once: `name: [default, allowed, sentence]`. Rows of its tables
-# `tasks`, `profiles` and `methods` change defaults; their names are what these settings allow.
+# config.yaml names every setting once: `name: [default, allowed, sentence]`. Rows of `tasks`,
+# `profiles`, `methods` change defaults, in this order; their names are what these settings allow.
 def read_config(words=()):
     """The settings as (cfg, flat): cfg.rl.steps on frozen dataclasses, and {"rl.steps": 250, ...}.
-    words: `key=value`, or names of YAML files of settings. The later wins: config.yaml, the rows
-    of task, profile and method, then the words in their order. Raises UserError."""
+    words: `key=value`, or names of YAML files of settings; the later wins. Raises UserError."""
     try:
         return settings_from(read_yaml(HERE / "config.yaml"), words)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -130,7 +129,8 @@ def check_value(key, value, default, allowed):
 
 # ==================== 2. Tasks ====================================================================
 class Task:
-    """What the model learns. A new task is a subclass, a line in TASKS, and a row in config.yaml.
+    """What the model learns. A new task is a subclass, an entry in TASKS, a row in config.yaml, and
+    settings for its texts, which Policy.__init__ checks too.
 
     An *example* is a dict with id, image (a path), size (width, height) and what the rules need.
     An *answer* is a tuple, which `parse` makes of the text inside <ANSWER>. Write
@@ -138,7 +138,7 @@ class Task:
         __init__(cfg)               super().__init__(cfg, plan, make), as Grounding does
         splits                      names; "id" first, the others are out of distribution
         question(example)           (text before the picture, text after each feedback picture)
-        parse(text)                 answer, or None
+        parse(text)                 answer, or None; `say` writes an answer so that it reads it
         exact(example, answer)      whether it is right
         progress(example, answer)   p in [0, 1], which the reflection reward credits
         same(answer, other)         whether one repeats the other: a repetition earns nothing
@@ -151,11 +151,11 @@ class Task:
 
     def __init__(self, cfg, plan, make):
         """Make the data, once. plan: {"test_id": [(7, "snow"), ...], "dev_id": ..., "train": ...},
-        a tuple for each item; make(rng, 7, "snow") gives its (record, image): an example, to which
-        id, image and size are added, and a PIL image."""
+        a tuple for each item, here maps of 7 x 7; make(rng, 7, "snow") gives its (record, image):
+        an example, to which id, image and size are added, and a PIL image."""
         if Path(cfg.data).is_file():
             raise UserError(f"data={cfg.data} is a file: it needs task=points")
-        name = data_prep.digest_of([plan, cfg.nav.cell, data_prep.digest(HERE / "data_prep.py")])
+        name = data_prep.digest_of([plan, data_prep.digest(HERE / "data_prep.py")])
         self.cfg, self.folder = cfg, Path(cfg.data) / f"{cfg.task}-{name}"
         data_prep.make_folder(self.folder, cfg.task, plan, make)
 
@@ -244,7 +244,7 @@ class Points(Task):
 
     def progress(self, example, answer):
         """p = phi(d) = (exp(-d^2 / s1^2) + exp(-d^2 / s2^2)) / 2, d: `distance`, s2: the side of
-        the crop, s1 = 0.4 s2 (paper: s2 = 200, s1 = 80)."""
+        the crop, s1 = 0.4 s2 (paper: s2 = 200, s1 = 80). Without crops half the longer side."""
         d, s2 = self.distance(example, answer), self.cfg.points.crop or max(example["size"]) / 2
         return (math.exp(-((d / (0.4 * s2)) ** 2)) + math.exp(-((d / s2) ** 2))) / 2
 
@@ -269,7 +269,7 @@ class Points(Task):
                         f"{example['box']}: raise points.scale")
 
     def wrong(self, example, rng):
-        """Half of these miss by less than the crop shows, the others lie anywhere."""
+        """Half of these lie within a crop of the target, the others anywhere. Some may be right."""
         reach = (self.cfg.points.crop or max(example["size"]) / 2) / 2
         near, answer = rng.random() < 0.5, []
         for c, side, end in zip(self.centre(example), example["size"], self.ends(example)):
@@ -316,8 +316,8 @@ class Navigation(Task):
             self.cfg, self.folder = cfg, file.parent
             self.splits = data_prep.read_json(file).get("splits", [])
         else:
-            plan = data_prep.navigation_plan(cfg.make.train, cfg.make.test)
-            super().__init__(cfg, plan, functools.partial(data_prep.make_map, cell=cfg.nav.cell))
+            plan = data_prep.navigation_plan(cfg.make.train, cfg.make.test, cfg.nav.cell)
+            super().__init__(cfg, plan, data_prep.make_map)
 
     check = staticmethod(data_prep.check_map)
     def question(self, example):
@@ -358,8 +358,8 @@ class Navigation(Task):
         return "exact" if len(answer) == left[0] else "longer"
 
     def progress(self, example, answer):
-        """p: how many leading moves each come one nearer to the goal, over the shortest length. An
-        answer that goes on after the goal has 0: otherwise a wrong answer could have p = 1."""
+        """p: how many leading moves each come one nearer to the goal, over the shortest length. One
+        that goes on after reaching the goal so has 0: otherwise a wrong answer had p = 1."""
         left, good = self.walk(example, answer), 0
         while good + 1 < len(left) and left[good + 1] == left[0] - good - 1:
             good += 1
@@ -410,7 +410,7 @@ def size_seen(size, processor):
 class Picture:
     """An image as the vision tower takes it. grid: visual tokens (down, across). patches: uint8
     (down * across * merge^2, 3, patch^2) in the library's order, which goes merge block by merge
-    block. features: what a frozen vision tower made of it, kept so that it is encoded once."""
+    block. features: what a frozen vision tower of a small model made of it: it is encoded once."""
     def __init__(self, image, processor):
         patch, merge = processor.patch_size, processor.merge_size
         size = size_seen(image.size, processor)
@@ -457,8 +457,7 @@ class Episode:
     @property
     def committed(self):
         """Whether it ends in a FINAL for its last answer."""
-        last = self.all_turns[-1]
-        said = self.answers[-1:]
+        last, said = self.all_turns[-1], self.answers[-1:]
         return last.kind == "final" and bool(said) and last.answer in (None, *said)
     @property
     def opening(self):
@@ -505,15 +504,16 @@ class Context:
 
 class LoRA(torch.nn.Module):
     """A linear map W x + B A x; A (rank, in) and B (out, rank) alone are trained, which fits small
-    cards (Hu et al., arXiv 2106.09685). B is 0 at first: within lora_off() it is the SFT model."""
+    cards (Hu et al., arXiv 2106.09685). B is 0 at first, and `save`
+    merges: within lora_off() it is the SFT model."""
     on = True
 
     def __init__(self, linear, rank):
         super().__init__()
-        self.linear, like = linear, linear.weight
-        a = torch.randn_like(like[:1].repeat(rank, 1)) / like.shape[1] ** 0.5
+        self.linear, (rows, columns) = linear, linear.weight.shape
+        a = torch.randn_like(linear.weight.new_empty(rank, columns)) / columns ** 0.5
         self.a = torch.nn.Parameter(a)
-        self.b = torch.nn.Parameter(torch.zeros_like(like[:, :1]).repeat(1, rank))
+        self.b = torch.nn.Parameter(linear.weight.new_zeros(rows, rank))
 
     def forward(self, x):
         return self.linear(x) + (x @ self.a.T) @ self.b.T if LoRA.on else self.linear(x)
@@ -553,6 +553,7 @@ class Policy:
             check_text(tokenizer, name, operator.attrgetter(name)(cfg))
         self.end_id = self.prompt("", "")[1]
         self.frozen_vision = cfg.policy.freeze_vision or cfg.policy.lora > 0
+        self.keep_features = self.frozen_vision and not is_large(model)
         model.model.visual.requires_grad_(not self.frozen_vision)
         # Only plain tokens and the end of a turn can be sampled. A sampled image placeholder would
         # shift the positions of all that follows; ids beyond the tokenizer's have no text.
@@ -578,7 +579,7 @@ class Policy:
             part, tokenize=False, add_generation_prompt=True) for part in (talk, talk[:-2]))
         head, rest = whole.split(MARK)
         if head != alone:
-            raise UserError(f"model={self.cfg.model}: its chat template opens a reply otherwise "
+            raise UserError(f"model={self.cfg.model}: its chat template opens a turn otherwise "
                             "than it writes one down, as those of thinking models do")
         head, rest = (self.tokenizer.encode(t, add_special_tokens=False) for t in (head, rest))
         return head, rest[0], rest[1:]
@@ -607,7 +608,7 @@ class Policy:
                     for d in getattr(out, "deepstack_features", None) or ()]
             for i, p in enumerate(part):
                 found[id(p)] = out.pooler_output[i], [d[i] for d in deep]
-                p.features = found[id(p)] if self.frozen_vision else None
+                p.features = found[id(p)] if self.keep_features else None
         return [found[id(p)] for p in pictures]
 
     def extend(self, context, ids, new, pictures=()):
@@ -649,9 +650,9 @@ class Policy:
 
     @torch.no_grad()
     def sample(self, context, forced, luck=None):
-        """One turn for each row: a list of (ids, their log-probs). UserError if one is not finite.
-        forced: ids with which all turns of a row begin, B lists. luck: (B, policy.max_new) numbers
-        in [0, 1) that decide the tokens, so that no row depends on its neighbours; None: greedy."""
+        """One turn for each row: a list of (ids, log-probs). UserError if these are not finite at
+        first. forced: ids with which a row's turn begins, B lists. luck: (B, policy.max_new), in
+        [0, 1), decides the tokens, so that no row depends on its neighbours; None: greedy."""
         length, tokens, logps = self.cfg.policy.max_new, [], []
         first = torch.tensor([[*f, *[-1] * (length - len(f))] for f in forced], device=self.device)
         done = torch.zeros(len(forced), dtype=torch.bool, device=self.device)
@@ -780,7 +781,7 @@ def check_parts(name, model, tokenizer, processor, missing):
         raise UserError(f"model={name}: {fault}")
 
 def load_policy(name, cfg):
-    """A Policy from a Hugging Face folder or hub name, on cfg.device. UserError if it has none."""
+    """A Policy from a Hugging Face folder or hub name, on cfg.device. UserError if it fails."""
     source, device, dtype = source_of(name), device_of(cfg), cfg.policy.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
@@ -797,13 +798,16 @@ def load_policy(name, cfg):
     check_parts(name, model, tokenizer, processor, sorted(about["missing_keys"]))
     if cfg.policy.lora:
         add_lora(model, cfg.policy.lora)
-    if sum(p.numel() for p in model.parameters()) > 100_000_000:
+    if is_large(model):
         for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
             layer.forward = functools.partial(checkpointed, layer, layer.forward)
     conv = model.model.visual.patch_embed.proj  # its kernel is its stride: a linear map, which is
     conv.forward = functools.partial(as_linear, conv)  # twice as fast on a GPU
     torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: at each token
     return Policy(model.to(device).eval(), tokenizer, processor, cfg)
+
+def is_large(model):  # memory then matters more than time: layers and pictures are computed again
+    return sum(p.numel() for p in model.parameters()) > 100_000_000
 
 def as_linear(conv, patches):
     return torch.nn.functional.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
@@ -865,7 +869,7 @@ def well_formed(task, turns, unfinished=False):
         if turn.kind == "final":
             fits = turn is turns[-1] and turn.thought is None and bool(answers)
             return fits and turn.answer in (None, answers[-1])
-        if (turn.kind == "bad" or (turn.thought is None) == bool(answers)
+        if (turn.kind == "bad" or (turn.thought is None) == bool(answers)  # none in turn 1
                 or any(task.same(turn.answer, other) for other in answers)):
             return False
         answers.append(turn.answer)
@@ -922,14 +926,14 @@ def reward(task, episode, cfg):
         malformed, or the turn limit without FINAL:  R = 0
         else                                         R = max(R_answer, R_refl)
         R_answer = 1 if the last answer is right, else 0
-        R_refl   = form + (1 - form) r  [+ bonus r if right]  - cost T,  T: all turns
+        R_refl   = form + (1 - form) r  [+ bonus r if right]  - cost turns
         r        = clip(sum_t w(p_(t+1) - p_t), 0, 1),   w(d) = d if d >= 0 else worse * d
 
-    p_t is `task.progress` of answer t. T counts given turns and the FINAL too. Defaults: form 0.1;
-    grounding: worse 1, bonus 0, cost 0; navigation: worse 0.5, bonus 0.2, cost 0.05. Plain RL
-    (reflection no) has R = R_answer. With a bonus, failing first pays more than being right at
-    once: a policy may learn to start low, so first answers are reported with every result.
-    """
+    p_t is `task.progress` of answer t; given turns and the FINAL count as turns too. The paper's
+    names are lambda for worse, alpha for bonus, gamma for cost. Defaults: form 0.1; grounding:
+    worse 1, bonus 0, cost 0, so that r = clip(last p - first p); navigation: worse 0.5, bonus 0.2,
+    cost 0.05. Plain RL (reflection no) has R = R_answer. With a bonus, failing first pays more than
+    being right at once, and a policy may learn to start low: look at first answers as well."""
     if not well_formed(task, episode.all_turns):
         return 0.0
     right = task.exact(episode.example, episode.answers[-1])
@@ -952,13 +956,13 @@ class Buffer:
         self.wrong, self.right = deque(maxlen=cfg.size - most), deque(maxlen=most)
 
     def state_of(self, task, episode):
-        """The state of a fresh episode that is stored, or None. store=committed: its end, with the
-        FINAL cut off. store=drawn: at its first wrong answer that was drawn for feedback, or else
-        at its last drawn one."""
+        """The state of a fresh episode that is stored, or None. store=drawn, the default: up to
+        its first wrong answer that got feedback, or else up to its last one that did.
+        store=committed: its end, with the FINAL cut off."""
         committed = self.cfg.store == "committed"
         shown = [n for n, turn in enumerate(episode.turns) if turn.picture is not None]
         if episode.given or not shown or committed and not episode.committed:
-            return None  # states would grow out of states
+            return None  # of roll-ins too: states would grow out of states
         right = [task.exact(episode.example, episode.turns[n].answer) for n in shown]
         cut = -1 if committed or all(right) else right.index(False)
         spoken = [turn.ids for turn in episode.turns[: shown[cut] + 1]]
@@ -999,11 +1003,11 @@ def advantages(rewards, std_norm=False):
     return centred / (rewards.std(1, keepdim=True) + 1e-6) if std_norm else centred
 
 def kl_terms(logp, reference):
-    """r - log r - 1, r = pi_SFT / pi of each token: its mean over samples is KL(pi || pi_SFT)."""
+    """q - log q - 1, q = pi_SFT / pi of each token: its mean over samples is KL(pi || pi_SFT)."""
     return (reference - logp).exp() - (reference - logp) - 1
 
 def policy_loss(episodes, logps, rollouts, references=None, kl=0.0):
-    """L = 1/N sum_i [ - A_i sum_j m_ij log pi(y_ij)  +  kl sum_j (r_ij - log r_ij - 1) ].
+    """L = 1/N sum_i [ - A_i sum_j m_ij log pi(y_ij)  +  kl sum_j (q_ij - log q_ij - 1) ].
 
     logps, references: a (tokens,) tensor for each episode, which holds A_i and its m_ij. Summed
     over micro-batches it is the batch's loss. N, the number of rollouts, divides, and not the
@@ -1018,13 +1022,13 @@ def policy_loss(episodes, logps, rollouts, references=None, kl=0.0):
     return loss / rollouts
 
 class AdamW:
-    """AdamW (betas 0.9 and 0.95, no decay) for fp32 weights, and for bf16 ones with Kahan's sum.
-    A bf16 number has 8 significant bits: an update below 1/256 of a weight would be rounded away.
-    What rounding takes is kept in `rest` and added to the next update. The gradient's norm is
-    clipped to 1. A step whose norm is not finite changes nothing; ten in a row raise UserError."""
+    """AdamW (betas 0.9, 0.95) without decay, for bf16 weights with Kahan's sum. A bf16 number has 8
+    significant bits: an update below 1/256 of a weight would be rounded away. What rounding takes
+    is kept in `lost` and added to the next update. The gradient's norm is clipped to 1. A step
+    whose norm is not finite changes nothing; ten in a row raise UserError."""
     def __init__(self, policy):
         self.weights = [p for p in policy.model.parameters() if p.requires_grad]
-        names = ["mean", "square"] + ["rest"] * (self.weights[0].dtype == torch.bfloat16)
+        names = ["mean", "square"] + ["lost"] * (self.weights[0].dtype == torch.bfloat16)
         self.kept = {name: [torch.zeros_like(p) for p in self.weights] for name in names}
         self.steps, self.skipped = torch.tensor(0), 0
 
@@ -1049,17 +1053,17 @@ class AdamW:
             weight.grad = None
         return norm
 
-    def update(self, weight, grad, lr, mean, square, rest=None):
+    def update(self, weight, grad, lr, mean, square, lost=None):
         mean.copy_(mean.float().lerp(grad, 1 - 0.9))
         square.copy_(square.float().lerp(grad * grad, 1 - 0.95))
         bias1, bias2 = 1 - 0.9 ** self.steps.item(), 1 - 0.95 ** self.steps.item()
         change = -lr / bias1 * mean.float() / ((square.float() / bias2).sqrt() + 1e-8)
-        if rest is None:
+        if lost is None:
             return weight.add_(change)
         old = weight.float()
-        change += rest.float()
+        change += lost.float()
         weight.copy_(old + change)
-        rest.copy_(change - (weight.float() - old))
+        lost.copy_(change - (weight.float() - old))
 
 # ==================== 9. SFT ======================================================================
 def demonstration(policy, task, example, turns, start):
@@ -1079,18 +1083,19 @@ def sft(policy, task, cfg, run):
     The loss: the mean negative log-prob of the taught tokens, at the sampling temperature."""
     traces = task.demonstrations()
     check_words(policy, [text for example, turns in traces
-                         for text in (*task.question(example), *(text for text, _ in turns))])
+                         for text in (*task.question(example), *(said for said, _ in turns))])
+    # The last turn is the FINAL; the one before it has the right answer.
     right = [(example, turns[-2][0].split("</THINK>")[-1]) for example, turns in traces]
     singles = [(example, [(text, text)]) for example, text in right]
     for stage, steps, data in (("first", cfg.sft.first_steps, singles),
                                ("sft", cfg.sft.steps, traces)):
-        made, optimizer = {}, AdamW(policy)
+        made, optimizer = {}, AdamW(policy)  # `share`, `gather`: of workers, section 12
         for step in run.steps(stage, steps, optimizer):
-            numbers = batch_of(range(len(data)), cfg.sft.batch, step, cfg.seed)
-            for n in numbers:
+            mine = share(batch_of(range(len(data)), cfg.sft.batch, step, cfg.seed))
+            for n in mine:
                 made[n] = made.get(n) or demonstration(policy, task, *data[n], n)
-            tokens, total = sum(len(made[n].actions) for n in numbers), 0.0
-            for part in micro_batches(share([made[n] for n in numbers]), cfg.policy.micro):
+            tokens, total = sum(gather([len(made[n].actions) for n in mine])), 0.0
+            for part in micro_batches([made[n] for n in mine], cfg.policy.micro):
                 logps, _ = policy.log_probs(part)
                 loss = -torch.cat(logps).sum() / tokens
                 loss.backward()
@@ -1098,7 +1103,8 @@ def sft(policy, task, cfg, run):
             sum_gradients(policy)
             warm = min(1.0, step / max(1, min(100, steps // 10)))
             rate = cfg.sft.lr * warm * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-            run.log(loss=sum(gather([total])), grad_norm=optimizer.step(rate), lr=rate)
+            norm = optimizer.step(rate)
+            run.log(loss=sum(gather([total])), grad_norm=norm, lr=rate)
 
 def check_words(policy, texts):
     """UserError if the tokenizer lacks a word of the task: such words would all look the same."""
@@ -1167,7 +1173,7 @@ def rl(policy, task, cfg, run, reference=None):
             seen.update(figures_of(part, logps, entropies, references))
         sum_gradients(policy)
 
-        # 6. One step, states for later roll-ins, a line in the log.
+        # 6. One step, states for later roll-ins, a line in the log. The rate rises for 20 steps.
         rate = cfg.rl.lr * min(step / 20, 1 - 0.9 * (step - 20) / max(1, cfg.rl.steps - 20))
         norm = optimizer.step(rate)
         states = [buffer.state_of(task, e) for e in episodes]
@@ -1243,9 +1249,9 @@ def probes(task, failed):
     """{name: arguments of `repair`}: pictures that are not true, after the given turn alone. If the
     next answer is right as often as with the true ones, it was not read from that picture.
 
-    unmarked: no mark (a crop stays where it is). other_place: another wrong answer, or no mark.
-    other_picture: the picture and the answer of another question. blank: a grey one with nothing
-    on it. hidden: the true feedback, but a grey picture in place of the question's."""
+    unmarked: no mark (a crop stays where it is). other_place: another question's wrong answer on
+    this picture, or no mark. other_picture: the picture and the answer of another one. blank: plain
+    grey. hidden: the true feedback, but the question's picture is grey."""
     known = [(example, parse_turn(task, text)[2]) for example, text in failed]
     others = {e["id"]: [*known[n + 1 :], *known[: n + 1]] for n, (e, _) in enumerate(known)}
 
@@ -1256,15 +1262,16 @@ def probes(task, failed):
         return task.feedback(example, answer, mark=False)
 
     def other_picture(example, answer):
-        other, its_answer = others[example["id"]][0]  # itself, where no other one failed
+        other, its_answer = next((e, a) for e, a in others[example["id"]] if e is example
+                                 or e["image"] != example["image"])  # itself: no other one failed
         return task.feedback(other, its_answer, mark=other is not example)
 
     def blank(example, answer):
         return Image.new("RGB", task.feedback(example, answer).size, "#808080")
 
-    views = {"unmarked": functools.partial(task.feedback, mark=False), "blank": blank,
-             "other_place": other_place, "other_picture": other_picture}
-    return {name: {"feedback": view} for name, view in views.items()} | {"hidden": {"hidden": True}}
+    return {"unmarked": {"feedback": functools.partial(task.feedback, mark=False)},
+            "other_place": {"feedback": other_place}, "other_picture": {"feedback": other_picture},
+            "blank": {"feedback": blank}, "hidden": {"hidden": True}}
 
 def bits(values):
     """One character a question for paired tests: 1, 0, or - where it was not asked."""
@@ -1283,7 +1290,7 @@ def rates(outcomes, most):
 
 def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
     """(rows, fixed, outcomes by split): `rates` of each split, with the repair of `fixed` wrong
-    first turns, {split: {example id: text}}; None: the policy's own."""
+    first turns, {split: {example id: text}}, the same for all models; None: the policy's own."""
     rows, wrong, played = [], {}, {}
     for split in tqdm(task.splits, desc=title, unit="split", disable=worker() > 0):
         examples = task.examples(f"{cfg.eval.splits}_{split}")
@@ -1337,8 +1344,7 @@ def start_workers(cfg):
     the others, which then end too (`run_main`)."""
     if "WORLD_SIZE" in os.environ:
         backend = "gloo" if device_of(cfg).type == "cpu" else "cpu:gloo,cuda:nccl"
-        day = datetime.timedelta(days=1)  # for an SFT model that another run makes
-        dist.init_process_group(backend, timeout=day)
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # another run's SFT
         sys.stdout = sys.stdout if worker() == 0 else open(os.devnull, "w")
 
 class Run:
@@ -1381,7 +1387,7 @@ class Run:
                 yield self.step
                 stop = any(gather([self.stopping]))
                 due = stop or self.step == count or time.time() - saved > max(20, 20 * cost)
-                if worker() == 0 and due and not optimizer.skipped:
+                if worker() == 0 and due and not optimizer.skipped:  # a count that it lacks
                     saved = time.time()
                     self.save(optimizer, buffer)
                     cost = time.time() - saved
@@ -1477,7 +1483,7 @@ def train(cfg, words, task, run):
     """SFT, RL, evaluation. The method's row decides which of them does anything."""
     if (run.folder / "results.json").is_file():
         return print((run.folder / "report.md").read_text())
-    # The model that all methods are compared with. They repair its wrong first turns.
+    # The model that all methods are compared with.
     policy, base_folder = sft_model([*words, "method=sft"], task, run.folder.parent)
     file = base_folder / f"evaluation-{data_prep.digest_of(dataclasses.asdict(cfg.eval))}.json"
     if any(gather([not file.is_file()])):
