@@ -1125,6 +1125,17 @@ def test_ones_own_data_is_divided_by_image_and_goes_through_a_run(tmp_path):
                        "points.question={question} the"))
     assert (run / "episodes.png").is_file()
 
+@pytest.mark.parametrize("data, changed", [
+    ("my.jsonl", "my.jsonl"), ("my.jsonl", "picture3.png"), ("", "picture3.png")])
+def test_a_run_knows_its_data_by_what_is_in_the_files(tmp_path, data, changed):
+    own(tmp_path)
+    (tmp_path / "data.json").write_text("{}")  # as a folder of imported maps has it
+    cfg = settings("task=points", f"data={tmp_path / data}")
+    before, file = vrrl.fingerprint(cfg), tmp_path / changed
+    file.write_bytes(file.read_bytes() + b"\n")
+    after = vrrl.fingerprint(cfg)
+    assert {key for key in before if before[key] != after[key]} == {"data_files"}
+
 def test_ones_own_data_that_cannot_be_used_is_one_clear_line(fails, tmp_path):
     assert "my.jsonl" in fails(lambda words: own(tmp_path, count=2))
     tiny = lambda words: own(tmp_path, box=(2.1, 2.1, 2.2, 2.2)).demonstrations()
@@ -1255,8 +1266,8 @@ def test_help_exits_0_and_names_every_setting_and_a_mistake_exits_2(capsys):
     assert (said.returncode, said.stderr) == (0, b"")
 
 # ==================== The repository ==============================================================
-LINES = {"vrrl.py": 1583, "data_prep.py": 913, "assets/make_embedded.py": 250,
-         "results/study.py": 317, "test_vrrl.py": 1288, "config.yaml": 163, "README.md": 200}
+LINES = {"vrrl.py": 1587, "data_prep.py": 913, "assets/make_embedded.py": 250,
+         "results/study.py": 317, "test_vrrl.py": 1300, "config.yaml": 163, "README.md": 200}
 PACKAGES = "numpy torch transformers tokenizers safetensors yaml tqdm PIL pytest vrrl data_prep"
 @pytest.mark.parametrize("name", LINES)
 def test_files_stay_short_and_import_few_packages(name):

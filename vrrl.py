@@ -1457,9 +1457,13 @@ def fingerprint(cfg):
         model = data_prep.digest(*sorted(f for f in Path(name).glob("*") if f.is_file()))
     else:  # of the hub: the commit, since its files may come later
         model = Path(transformers.utils.cached_file(name, "config.json")).parent.name
-    data = [f for f in (Path(cfg.data), Path(cfg.data, "data.json")) if f.is_file()]
+    data, files = Path(cfg.data), []
+    if data.is_file():  # own data, with the pictures
+        files = [data, *(data.parent / e["image"] for e in data_prep.read_examples(data))]
+    elif (data / "data.json").is_file():
+        files = sorted(f for f in data.rglob("*") if f.is_file())
     return {"program": data_prep.digest(HERE / "vrrl.py", HERE / "data_prep.py"),
-            "model_files": model, "data_file": data_prep.digest(*data), "workers": workers()}
+            "model_files": model, "data_files": data_prep.digest(*files), "workers": workers()}
 
 def sft_model(words, task, parent):
     """(policy, folder) of the SFT model. Methods with equal SFT settings share it."""
