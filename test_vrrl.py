@@ -1267,7 +1267,7 @@ def test_help_exits_0_and_names_every_setting_and_a_mistake_exits_2(capsys):
 
 # ==================== The repository ==============================================================
 LINES = {"vrrl.py": 1587, "data_prep.py": 913, "assets/make_embedded.py": 250,
-         "results/study.py": 317, "test_vrrl.py": 1300, "config.yaml": 163, "README.md": 200}
+         "results/study.py": 319, "test_vrrl.py": 1300, "config.yaml": 163, "README.md": 200}
 PACKAGES = "numpy torch transformers tokenizers safetensors yaml tqdm PIL pytest vrrl data_prep"
 @pytest.mark.parametrize("name", LINES)
 def test_files_stay_short_and_import_few_packages(name):

@@ -304,6 +304,8 @@ def main(words):
     study = Study(words)
     if "tables" not in words:
         study.run()
+    if not study.file.is_file():
+        raise UserError(f"{study.file}: no such study yet; leave out the word tables")
     found = json.loads(study.file.read_text())
     charts = when_panels(found) if study.when else panels(found)
     data_prep.line_charts(study.file.with_suffix(".png"), charts, columns=2)
