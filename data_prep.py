@@ -278,7 +278,7 @@ GOODS = """Tea Coffee Juice Milk Water Cocoa Soup Bread Rice Beans Apples Plums 
 YEARS = [str(year) for year in range(1950, 2030)]
 # {kind: {split: (shape, lowest and highest number of rows and of columns, of bars, or of dots)}}
 # Out of distribution `embedded` has look-alikes too, colours near RED that no training picture has:
-# as in a large table of words, the first look may catch a wrong thing, which the crop shows.
+# as in a large table of words, they lead the first look astray.
 FIGURES = {
     "embedded": {"id": ("table", (3, 6)), "large": ("table", (12, 14)),
                  "bars": ("bars", (9, 11)), "scatter": ("scatter", (22, 28))},
