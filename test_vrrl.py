@@ -119,7 +119,7 @@ def scripted(policy, short, start=0):
 def talkative(monkeypatch):
     """Every turn counts as an answer, so that conversations last until the turn limit."""
     points = itertools.cycle([(0, 24), (3, 4), (20, 9), (24, 0), (12, 12)])
-    monkeypatch.setattr(vrrl, "read_turn", lambda policy, task, ids, logps=(), forced=0: vrrl.Turn(
+    monkeypatch.setattr(vrrl, "read_turn", lambda p, t, e, ids, logps=(), forced=0: vrrl.Turn(
         ids, [i >= forced for i in range(len(ids))], logps, "answer", "", next(points)))
 
 def starts_of(policy, fresh, rolled=0):
@@ -349,7 +349,7 @@ def test_the_stored_state_is_cut_where_the_policy_had_to_decide(store, texts, cu
     policy, task, wrong = policy_of(), made("grounding"), iter(("0 24", "24 0", "0 0"))
     example, short = task.examples("train")[0], ""
     for letter in texts.split():
-        text = task.say(task.right(example)) if letter == "R" else next(wrong, "")
+        text = task.say(example, task.right(example)) if letter == "R" else next(wrong, "")
         short += {"F": "F; ", "bad": "up; ", "other": "F 5 20; "}.get(
             letter, ("T " if short else "A ") + text + "; ")
     episode = scripted(policy, short)
@@ -555,7 +555,7 @@ def test_a_conversation_has_the_ids_of_the_chat_template_and_tags_stand_apart(ki
         sizes = [*(math.prod(p.grid) for p in (*first, *later)), 0]
         whole = "".join(part + "<|image_pad|>" * size for part, size in zip(parts, sizes))
         assert [*head, *rest] == policy.tokenizer.encode(whole, add_special_tokens=False)
-    assert vrrl.read_turn(policy, task, policy.encode(answer("1 2"))).kind == "bad"  # cut off
+    assert vrrl.read_turn(policy, task, e, policy.encode(answer("1 2"))).kind == "bad"  # cut off
     apart = SimpleNamespace(tokenizer=SimpleNamespace(encode=lambda text, **k: [text]))
     assert vrrl.Policy.encode(apart, "<THINK>a>b</THINK>") == ["<THINK>", "a>b", "</THINK>"]
 
@@ -698,10 +698,15 @@ BAD = ["", "3 4", "<ANSWER>3 4", "3 4</ANSWER>", "<ANSWER>3 4</FINAL>", answer("
        "<THINK><ANSWER>3 4</ANSWER></THINK>" + answer("3 4"), "<answer>3 4</answer>", answer("3"),
        answer("3 4 5"), answer("-3 4"), answer("3.5 4"), answer("٣ 4"), answer("25 3"),
        answer("3 25"), answer("9" * 400 + " 1"), answer("1 2 up"), answer(""), final("x")]
+MOVES = {"left 3 up 1": (3, 14), "down 9": (6, 24), "right 18": (24, 15), "left 7": None,
+         "down 10": None, "left": None, "3 left": None, "left 3 up": None, "left -3": None}
 
+@pytest.mark.parametrize("last", [None, (6, 15)])
 @pytest.mark.parametrize("text, expected", [*TURNS, *((text, "bad") for text in BAD)])
-def test_a_turn_is_parsed_as_the_protocol_says(text, expected):
-    found = vrrl.parse_turn(bare("grounding"), text)
+def test_a_turn_is_parsed_as_the_protocol_says(text, expected, last):
+    for move, there in MOVES.items():
+        assert bare("grounding").parse(move, (6, 15)) == there and not bare("grounding").parse(move)
+    found = vrrl.parse_turn(bare("grounding"), text, last)
     assert found == expected if expected != "bad" else (found[0], found[2]) == ("bad", None)
 
 @pytest.mark.parametrize("name", ["grounding", "navigation"])
@@ -793,7 +798,7 @@ def test_the_shipped_model_has_all_words_of_its_tasks():
 
 def test_figures_of_an_evaluation_by_hand():
     task, keys = made("grounding"), ["first", "final", "commit", "turns"]
-    good = task.say(task.right(task.examples("train")[0]))
+    good = task.say(None, task.right(task.examples("train")[0]))
     played = [scripted(policy_of(), text.replace("R", good)) for text in (
         "A R; F", "A 0 24; T R; F", "A 0 24; F", "A R; T 0 24; F", "A 24 0; T 0 24; F")]
     played[2].turns.pop()  # it does not commit
@@ -1266,8 +1271,8 @@ def test_help_exits_0_and_names_every_setting_and_a_mistake_exits_2(capsys):
     assert (said.returncode, said.stderr) == (0, b"")
 
 # ==================== The repository ==============================================================
-LINES = {"vrrl.py": 1587, "data_prep.py": 913, "assets/make_embedded.py": 250,
-         "results/study.py": 319, "test_vrrl.py": 1300, "config.yaml": 163, "README.md": 200}
+LINES = {"vrrl.py": 1609, "data_prep.py": 913, "assets/make_embedded.py": 264,
+         "results/study.py": 319, "test_vrrl.py": 1300, "config.yaml": 165, "README.md": 200}
 PACKAGES = "numpy torch transformers tokenizers safetensors yaml tqdm PIL pytest vrrl data_prep"
 @pytest.mark.parametrize("name", LINES)
 def test_files_stay_short_and_import_few_packages(name):

@@ -9,7 +9,7 @@ and buffered roll-ins start from past answers, mostly wrong ones, to be correcte
 
 The algorithm, with the default of each number beside its name (task `grounding`):
 
-    policy pi: a VLM after SFT on demonstrations      (sft.first_steps 600, sft.steps 60)
+    policy pi: a VLM after SFT on demonstrations      (sft.first_steps 450, sft.steps 40)
     D: two queues of states, wrong and right ones     (buffer.size 4000, buffer.right_share 0.3)
     repeat rl.steps 250 times:
         for each of rl.questions 32 questions:
@@ -138,7 +138,7 @@ class Task:
         __init__(cfg)               super().__init__(cfg, plan, make), as Grounding does
         splits                      names; "id" first, the others are out of distribution
         question(example)           (text before the picture, text after each feedback picture)
-        parse(text)                 answer, or None; `say` writes an answer so that it reads it
+        parse(text, last=None)      answer, or None; last: the answer before, if there is one
         exact(example, answer)      whether it is right
         progress(example, answer)   p in [0, 1], which the reflection reward credits
         same(answer, other)         whether one repeats the other: a repetition earns nothing
@@ -167,17 +167,18 @@ class Task:
         return data_prep.cached_image(self.folder / example["image"])
     def same(self, answer, other):
         return answer == other
-    def say(self, answer):
-        return " ".join(map(str, answer))  # the text that states it
+    def say(self, example, answer, last=None):
+        """The text that states an answer in demonstrations, so that `parse` reads it."""
+        return " ".join(map(str, answer))
 
     def demonstrations(self):
         """SFT traces: a list of (example, turns). A turn is (text, taught), `taught` being the
         leading part of the text that enters the loss. Wrong answers are context, never taught:
 
-            <ANSWER>2 3</ANSWER>                             nothing, if this answer is wrong
-            <THINK>left 1 up 2</THINK><ANSWER>1 2</ANSWER>   the THINK alone, if it is wrong too
-            <THINK>up 1</THINK><ANSWER>1 1</ANSWER>          all
-            <FINAL></FINAL>                                  all
+            <ANSWER>2 3</ANSWER>                              nothing, if this answer is wrong
+            <THINK>left 1 up 2</THINK><ANSWER>up 1</ANSWER>   the THINK alone, if it is wrong too
+            <THINK>left 1 up 1</THINK><ANSWER>left 1 up 1</ANSWER>   all
+            <FINAL></FINAL>                                   all
 
         A share sft.multi_share 0.5 has 1 to 4 wrong answers; the others are right at once."""
         found, rng = [], random.Random("demonstrations")
@@ -191,12 +192,12 @@ class Task:
                     answers.insert(0, new)
                 if len(answers) > wanted:
                     break
-            turns, think = [], ""
+            turns, think, last = [], "", None
             for answer in answers:
-                text = f"{think}<ANSWER>{self.say(answer)}</ANSWER>"
+                text = f"{think}<ANSWER>{self.say(example, answer, last)}</ANSWER>"
                 turns.append((text, text if answer == answers[-1] else think))
-                think = f"<THINK>{self.thought(example, answer)}</THINK>"
-            final = f"<FINAL>{'' if self.empty_final else self.say(answers[-1])}</FINAL>"
+                think, last = f"<THINK>{self.thought(example, answer)}</THINK>", answer
+            final = f"<FINAL>{'' if self.empty_final else self.say(example, last)}</FINAL>"
             found.append((example, [*turns, (final, final)]))
         return found
 
@@ -206,18 +207,43 @@ class Points(Task):
 
     An answer is (x, y), whole numbers from 0 to points.scale along each side; with scale 0, pixels
     as the model sees the picture. Feedback is a crop centred on the point. It shows in the same way
-    in every kind of picture whether the target lies there, and where else."""
+    in every kind of picture whether the target lies there, and where else.
+
+    A revised answer may be a move from the last point, and in demonstrations it is one where the
+    crop shows the place (points.moves). The embedded model would not learn to add what it measured
+    to a point: in training it can look the target up in the question's picture just as well."""
     empty_final = True  # a small model miscopies coordinates: RL would only learn to copy
 
     check = staticmethod(data_prep.check_figure)
     def question(self, example):
         points = self.cfg.points
         return points.question.replace("{question}", example["question"]), points.reply
-    def parse(self, text):
-        """'3 14', '3, 14' or '(3, 14)' -> (3, 14)."""
-        found = re.fullmatch(r"\(?\s*(\d{1,5})(?:\s*,\s*|\s+)(\d{1,5})\s*\)?", text.strip(), re.A)
-        answer = found and tuple(map(int, found.groups()))
-        return answer if answer and max(answer) <= (self.cfg.points.scale or 10_000) else None
+    def parse(self, text, last=None):
+        """'3 14', '3, 14' or '(3, 14)' -> (3, 14). 'left 3 up 1' after (6, 15) -> (3, 14)."""
+        text, answer = text.strip(), None
+        moves = re.findall(r"(left|right|up|down) (\d{1,5})", text, re.A)
+        if point := re.fullmatch(r"\(?\s*(\d{1,5})(?:\s*,\s*|\s+)(\d{1,5})\s*\)?", text, re.A):
+            answer = int(point[1]), int(point[2])
+        elif last and moves and " ".join(map(" ".join, moves)) == text:
+            by = Counter()
+            for side, units in moves:
+                by[side] += int(units)
+            answer = last[0] + by["right"] - by["left"], last[1] + by["down"] - by["up"]
+        inside = answer and min(answer) >= 0 and max(answer) <= (self.cfg.points.scale or 10_000)
+        return answer if inside else None
+
+    def say(self, example, answer, last=None):
+        move = self.move(example, last, answer) if last and self.cfg.points.moves else "far"
+        return super().say(example, answer) if move == "far" else move
+
+    def move(self, example, here, there):
+        """The way between two points: "left 3 up 1"; "here", if they are one; "far", if the crop
+        around the first does not show the second."""
+        (x0, y0), (x1, y1) = self.pixel(example, here), self.pixel(example, there)
+        if self.cfg.points.crop and max(abs(x1 - x0), abs(y1 - y0)) >= self.cfg.points.crop / 2:
+            return "far"
+        words = (there[0] - here[0], "left", "right"), (there[1] - here[1], "up", "down")
+        return " ".join(f"{a if n < 0 else b} {abs(n)}" for n, a, b in words if n) or "here"
 
     def ends(self, example):
         """The coordinates of the right and the lower edge."""
@@ -278,14 +304,8 @@ class Points(Task):
         return tuple(answer)
 
     def thought(self, example, answer):
-        """Where the target lies from the point, in units of the answer: "left 3 up 1". "far" where
-        the crop does not show it, "here" on it."""
-        x, y = (there - here for there, here in zip(self.right(example), answer))
-        sides = zip(self.pixel(example, answer), self.centre(example))
-        if self.cfg.points.crop and max(abs(p - c) for p, c in sides) >= self.cfg.points.crop / 2:
-            return "far"
-        words = (x, "left", "right"), (y, "up", "down")
-        return " ".join(f"{a if n < 0 else b} {abs(n)}" for n, a, b in words if n) or "here"
+        """Where the target lies from the point."""
+        return self.move(example, answer, self.right(example))
 
 class OwnPoints(Points):
     """One's own data: `task=points data=FILE`, a JSONL file of {"image", "question", "box"}."""
@@ -322,7 +342,7 @@ class Navigation(Task):
     check = staticmethod(data_prep.check_map)
     def question(self, example):
         return self.cfg.nav.question, self.cfg.nav.reply
-    def parse(self, text):
+    def parse(self, text, last=None):
         """'up, left' -> ("up", "left")."""
         moves = tuple(text.lower().replace(",", " ").split())
         return moves if moves and all(m in data_prep.MOVES for m in moves) else None
@@ -389,15 +409,15 @@ INSIDE = f"((?:(?!{'|'.join(TAGS)}).)*)"  # anything but a tag
 TURN = re.compile(rf"\s*(?:<THINK>{INSIDE}</THINK>\s*)?"
                   rf"(?:<ANSWER>{INSIDE}</ANSWER>|<FINAL>{INSIDE}</FINAL>)\s*", re.S)
 
-def parse_turn(task, text):
+def parse_turn(task, text, last=None):
     """(kind, thought, answer). kind is "answer", "final" or "bad"; thought is None without a THINK;
-    the answer is None where the FINAL is empty, which means the last answer.
+    the answer is None where the FINAL is empty, which means the last answer (`last`).
         parse_turn(task, "<THINK>up 1</THINK><ANSWER>4 7</ANSWER>") == ("answer", "up 1", (4, 7))"""
     match = TURN.fullmatch(text)
     thought, answer, final = match.groups() if match else (None, "", None)
     if final is not None and not final.strip():
         return "final", thought, None
-    parsed = task.parse(answer if final is None else final) if match else None
+    parsed = task.parse(answer if final is None else final, last) if match else None
     kind = "bad" if parsed is None else "answer" if final is None else "final"
     return kind, thought, parsed
 
@@ -843,15 +863,17 @@ def begin(policy, task, example, start=0, spoken=(), feedback=None, image=None):
     head = policy.place(policy.prompt(*task.question(example))[0], picture)
     episode = Episode(example, head, picture, start)
     for ids in spoken:
-        episode.given.append(read_turn(policy, task, ids))
+        episode.given.append(read_turn(policy, task, episode, ids))
         reply(policy, task, episode, episode.given[-1], feedback)
     return episode
 
-def read_turn(policy, task, ids, logps=(), forced=0):
-    """A Turn from its ids, of which the first `forced` were not sampled. One that was cut off
-    before its end token is bad."""
+def read_turn(policy, task, episode, ids, logps=(), forced=0):
+    """The episode's next Turn, from its ids, of which the first `forced` were not sampled. One that
+    was cut off before its end token is bad."""
     text = policy.tokenizer.decode([i for i in ids if i != policy.end_id])
-    parsed = parse_turn(task, text) if ids[-1] == policy.end_id else ("bad", None, None)
+    parsed = "bad", None, None
+    if ids[-1] == policy.end_id:
+        parsed = parse_turn(task, text, *episode.answers[-1:])
     return Turn(ids, [i >= forced for i in range(len(ids))], logps, *parsed, text)
 
 def reply(policy, task, episode, turn, feedback=None):
@@ -896,7 +918,7 @@ def play(policy, task, starts, samples, max_turns, luck=None, training=False, fe
             shown = {}  # row: its new turn, where that has got feedback
             for row, (ids, logps) in enumerate(spoken):
                 episode = episodes[live[row]]
-                turn = read_turn(policy, task, ids, logps, len(forced[row]))
+                turn = read_turn(policy, task, episode, ids, logps, len(forced[row]))
                 episode.turns.append(turn)
                 hopeless = training and not well_formed(task, episode.all_turns, unfinished=True)
                 if turn.kind == "answer" and number + 1 < max_turns and not hopeless:
@@ -1070,7 +1092,7 @@ def demonstration(policy, task, example, turns, start):
     """A demonstration as an Episode. turns: [(text, the leading part that is taught), ...]."""
     episode = begin(policy, task, example, start)
     for number, (text, taught) in enumerate(turns, 1):
-        turn = read_turn(policy, task, [*policy.encode(text), policy.end_id])
+        turn = read_turn(policy, task, episode, [*policy.encode(text), policy.end_id])
         many = len(turn.ids) if taught == text else len(policy.encode(taught))
         turn.loss_tokens = [i < many for i in range(len(turn.ids))]
         episode.turns.append(turn)
@@ -1084,9 +1106,10 @@ def sft(policy, task, cfg, run):
     traces = task.demonstrations()
     check_words(policy, [text for example, turns in traces
                          for text in (*task.question(example), *(said for said, _ in turns))])
-    # The last turn is the FINAL; the one before it has the right answer.
-    right = [(example, turns[-2][0].split("</THINK>")[-1]) for example, turns in traces]
-    singles = [(example, [(text, text)]) for example, text in right]
+    rng, singles = random.Random("first answers"), []
+    for example, _ in traces:
+        text = f"<ANSWER>{task.say(example, task.right(example, rng))}</ANSWER>"
+        singles.append((example, [(text, text)]))
     for stage, steps, data in (("first", cfg.sft.first_steps, singles),
                                ("sft", cfg.sft.steps, traces)):
         made, optimizer = {}, AdamW(policy)  # `share`, `gather`: of workers, section 12
@@ -1211,7 +1234,8 @@ def outcome(task, episode):
     turns, answers = episode.all_turns, episode.answers
     right = [bool(task.exact(episode.example, answer)) for answer in answers] or [False]
     return {"id": episode.example["id"], "example": episode.example, "given": len(episode.given),
-            "answers": [t.text for t in turns if t.kind == "answer"], "last": turns[-1].text,
+            "answers": answers, "last": turns[-1].text,
+            "said": [turn.text for turn in turns if turn.kind == "answer"],
             "right": right, "first": right[0], "final": right[-1], "commit": episode.committed,
             "well_formed": well_formed(task, turns), "reward": episode.reward,
             "repeats": any(task.same(a, b) for a, b in itertools.combinations(answers, 2)),
@@ -1295,8 +1319,7 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
     for split in tqdm(task.splits, desc=title, unit="split", disable=worker() > 0):
         examples = task.examples(f"{cfg.eval.splits}_{split}")
         outcomes = played[split] = repair(policy, task, [(e,) for e in examples], cfg)
-        wrong[split] = {e["id"]: e["answers"][0] for e in outcomes
-                        if e["answers"] and not e["first"]}
+        wrong[split] = {e["id"]: e["said"][0] for e in outcomes if e["said"] and not e["first"]}
         given = (fixed or wrong)[split]
         failed = [(e, given[e["id"]]) for e in examples if e["id"] in given]
         row = {"split": split, "ood": split != "id", **rates(outcomes, cfg.eval.max_turns)}
@@ -1519,10 +1542,9 @@ def report(run, task, models, played, *folders):
     pool.sort(key=lambda e: e["first"] >= e["final"])  # repairs come first
     rows = []
     for e in pool[:6]:
-        answers = [parse_turn(task, text)[2] for text in e["answers"]]
-        shown = [task.feedback(e["example"], answer) for answer in answers]
+        shown = [task.feedback(e["example"], answer) for answer in e["answers"]]
         rows.append({"label": f"{e['id']}   last turn: {e['last']}",
-                     "captions": [task.question(e["example"])[0], *e["answers"]],
+                     "captions": [task.question(e["example"])[0], *e["said"]],
                      "images": [task.image(e["example"]), *shown],
                      "verdicts": ["", *("right" if ok else "wrong" for ok in e["right"])]})
     data_prep.film_strip(run.folder / "episodes.png", rows, run.folder.name)

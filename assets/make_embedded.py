@@ -1,4 +1,5 @@
 """How the weights in assets/embedded were made: `python assets/make_embedded.py [FOLDER] [seed=0]`.
+The last stage alone, on a CPU: `python assets/make_embedded.py FOLDER model=OTHER_FOLDER`.
 
 The default model is small enough for a CPU, but it is a real Qwen3-VL, made from a config. It comes
 with eyes: as a downloaded VLM has seen pictures of all kinds, this one has learnt to say what is in
@@ -8,28 +9,20 @@ pictures of all splits. It is never asked where a target is in a picture, nor fo
     say the path     the moves of a drawn path
     say the point    the coordinates of a point under cross hairs
     say the offset   on a crop: where the red thing lies, "left 3 up 1", "far" or "here"
+    check it         the same inside <THINK>, as demonstrations have it
     move left 3 up 1 the coordinates after that move from the last point that was said
 
-The last two are what corrections need: measuring and adding, which a real VLM brings along. The
-weights in assets/embedded are from commit 92a0fbd, where small tables nearly filled the canvas.
+Corrections need to measure on a crop, which a real VLM brings along. Stages 1 to 3 of the weights
+in assets/embedded are from commit 92a0fbd, where small tables nearly filled the canvas.
 """
-import collections
-import math
-import multiprocessing
-import os
-import random
-import sys
-import time
+import functools, itertools, math, os, random, sys, time
 from pathlib import Path
 
-import tokenizers
-import torch
-import transformers
+import tokenizers, torch, transformers
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import data_prep
-import vrrl
+import data_prep, vrrl
 
 WORDS = """user assistant system up down left right ice hole elf gift path crash start found edge
            short past longer exact find the check it say cells point offset move red page far
@@ -43,8 +36,8 @@ def build(seed):
     """(model, tokenizer, image processor) with random weights. A visual token is 16 x 16 pixels,
     2 x 2 patches. `initializer_range` decides whether it learns to see: with the usual 0.02 a model
     this small does not."""
-    names = "endoftext im_start im_end vision_start vision_end image_pad video_pad unknown".split()
-    special = [f"<|{name}|>" for name in names]
+    special = [f"<|{name}|>" for name in "endoftext im_start im_end vision_start vision_end "
+               "image_pad video_pad unknown".split()]
     words = [*special, *vrrl.TAGS, *WORDS, *map(str, range(25))]
     vocabulary = {word: number for number, word in enumerate(words)}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token=special[-1]))
@@ -103,52 +96,60 @@ def random_walk(rng, size, start):
     Sometimes the last one leaves the map."""
     at, moves, covered = start, [], {start}
     for _ in range(rng.randint(1, 2 * size)):
-        options = []
+        options, weights = [], []
         for move, (down, right) in data_prep.MOVES.items():
             there = at[0] + down, at[1] + right
             inside = 0 <= there[0] < size and 0 <= there[1] < size
             back = moves and data_prep.MOVES[moves[-1]] == (-down, -right)
-            weight = (0.1 if back else 4 if moves and move == moves[-1] else 2) if inside else 0.1
-            options.append((move, there, inside, weight))
-        move, at, inside, _ = rng.choices(options, [option[3] for option in options])[0]
+            options.append((move, there, inside))
+            weights.append(0.1 if back or not inside else 4 if [move] == moves[-1:] else 2)
+        move, at, inside = rng.choices(options, weights)[0]
         moves.append(move)
         if not inside:
             break
         covered.add(at)
     return moves, covered
 
-SHAPES = (("bars", (6, 9)), ("scatter", (10, 16)), ("table", (4, 7)), ("table", (9, 11)))
+# Shape, number of parts, whether with look-alikes.
+SHAPES = (("bars", (6, 9), False), ("scatter", (10, 16), False), ("table", (4, 7), False),
+          ("table", (9, 11), False))
+ALIKE = ("bars", (9, 11), True), ("scatter", (18, 28), True), ("table", (10, 14), True)
+
+class Figures(vrrl.Points):
+    """Pointing at figures that are made in memory."""
+    def __init__(self, cfg):
+        self.cfg = cfg
+    def image(self, example):
+        return example["image"]
+    def near(self, rng, point, reach):
+        """Another point, at most so far away along each side."""
+        return tuple(min(max(c + rng.randint(-reach, reach), 0), 24) for c in point)
+    def make(self, rng, shapes):
+        """(example, point): mostly a point around which a crop shows the target."""
+        shape, size, alike = rng.choice(shapes)
+        record, image = data_prep.make_figure(rng, shape, size, alike=alike)
+        example = {**record, "size": image.size, "image": image}
+        if rng.random() < 0.3:
+            return example, self.wrong(example, rng)
+        return example, self.near(rng, self.right(example), 6)
 
 def pointing_talk(rng, pictures, task):
     """One figure: a point on the whole of it, then crops around the point as it moves."""
-    shape, size = rng.choice(SHAPES)
-    record, image = data_prep.make_figure(rng, shape, size)
-    example, scale = {**record, "size": image.size}, task.cfg.points.scale
-
-    def near(point, reach):
-        """Another point, at most so far away along each side."""
-        return tuple(min(max(c + rng.randint(-reach, reach), 0), scale) for c in point)
-
-    # Mostly where a crop shows the target.
-    point = task.wrong(example, rng) if rng.random() < 0.3 else near(task.right(example), 6)
+    example, point = task.make(rng, SHAPES)
     if pictures == 1 and rng.random() < 0.7:  # crops from the first stage on
-        shown = data_prep.draw_crop(image, task.pixel(example, point), task.cfg.points.crop)
+        shown = task.feedback(example, point)
         if rng.random() < 0.5:
             return [(shown, "say the cells", red_cells(example, point, task))]
         return [(shown, "say the offset", task.thought(example, point))]
-    hairs = data_prep.draw_hairs(image, task.pixel(example, point))
-    talk = [(hairs, "say the point", task.say(point))]
+    hairs = data_prep.draw_hairs(example["image"], task.pixel(example, point))
+    talk = [(hairs, "say the point", task.say(example, point))]
     while len(talk) < pictures:
-        shown = data_prep.draw_crop(image, task.pixel(example, point), task.cfg.points.crop)
+        shown, there = task.feedback(example, point), task.near(rng, point, rng.randint(1, 5))
+        move = task.move(example, point, there)
         if rng.random() < 0.5:
             talk.append((shown, "say the offset", task.thought(example, point)))
-            continue
-        there = near(point, rng.randint(1, 6))
-        x, y = there[0] - point[0], there[1] - point[1]
-        words = [f"{'left' if x < 0 else 'right'} {abs(x)}"] if x else []
-        words += [f"{'up' if y < 0 else 'down'} {abs(y)}"] if y else []
-        if words:
-            talk.append((shown, f"move {' '.join(words)}", task.say(there)))
+        elif move != "here":
+            talk.append((shown, f"move {move}", task.say(example, there)))
             point = there
     return talk
 
@@ -159,18 +160,43 @@ def red_cells(example, point, task):
     return " ".join("red" if x0 < c + 16 and x1 > c and y0 < r + 16 and y1 > r else "page"
                     for r in range(top, top + side, 16) for c in range(left, left + side, 16))
 
+def measuring_talks(task, processor):
+    """The conversations of the last stage, endlessly. The eyes stay as they are, so each picture is
+    made and encoded once. Crops are of any figure, so that the first picture does not help."""
+    rng, crops, starts, maps = random.Random("measuring"), [], [], []
+    for number in range(12_000):
+        example, point = task.make(rng, SHAPES + ALIKE)
+        crop = vrrl.Picture(task.feedback(example, point), processor)
+        crops.append((crop, task.thought(example, point)))
+        if number % 4 == 0:
+            hairs = data_prep.draw_hairs(example["image"], task.pixel(example, point))
+            said = "say the point", task.say(example, point)
+            starts.append((vrrl.Picture(hairs, processor), *said))
+        if number % 8 == 0:
+            maps.append([(vrrl.Picture(image, processor), *rest)
+                         for image, *rest in navigation_talk(rng, 3)])
+    while True:
+        talk = [rng.choice(starts)]
+        while len(talk) < 6:
+            crop, thought = rng.choice(crops)
+            words = thought != "here" and rng.random() < 0.5
+            talk.append((crop, "check it", f"<THINK>{thought}</THINK>") if words else
+                        (crop, "say the offset", thought))
+        yield talk if rng.random() < 0.75 else rng.choice(maps)
+
 def lesson(policy, talk, number):
-    """A conversation as an Episode whose answers are all taught."""
-    picture = vrrl.Picture(talk[0][0], policy.processor)
+    """A conversation as an Episode whose answers are all taught; its pictures as Picture or PIL."""
+    pictures = [p if isinstance(p, vrrl.Picture) else vrrl.Picture(p, policy.processor)
+                for p, _, _ in talk]
     head, _, _ = policy.prompt(talk[0][1], "")
-    asked = {"talk": [(question, answer) for _, question, answer in talk]}  # for count_right
-    episode = vrrl.Episode(asked, policy.place(head, picture), picture, number)
-    for (_, _, answer), after in zip(talk, [*talk[1:], None]):
+    asked = {"talk": [(question, answer) for _, question, answer in talk]}
+    episode = vrrl.Episode(asked, policy.place(head, pictures[0]), pictures[0], number)
+    for n, (_, _, answer) in enumerate(talk, 1):
         ids = [*policy.encode(answer), policy.end_id]
         turn = vrrl.Turn(ids, [True] * len(ids))
-        if after:
-            turn.picture = vrrl.Picture(after[0], policy.processor)
-            turn.feedback = policy.place(policy.prompt("", after[1])[2], turn.picture)
+        if n < len(talk):
+            turn.picture = pictures[n]
+            turn.feedback = policy.place(policy.prompt("", talk[n][1])[2], turn.picture)
         episode.turns.append(turn)
     return episode
 
@@ -179,72 +205,60 @@ def lesson(policy, talk, number):
 # Title, updates, length of the rate's cosine in updates, most pictures, peak of the rate.
 STAGES = (("single pictures", 600, 600, 1, 1.5e-3), ("conversations", 400, 1600, 6, 1.5e-3),
           ("more conversations", 300, 420, 6, 1.3e-3))
-BATCH = 256  # conversations an update
 
-def start_maker(words, folder):
-    """What a process that makes lessons needs: the tokenizer, in a policy that is never trained."""
-    cfg, _ = vrrl.read_config([*words, "device=cpu"])
-    torch.set_num_threads(1)
-    start_maker.policy = vrrl.load_policy(folder, cfg)
-    start_maker.task = vrrl.Points.__new__(vrrl.Points)
-    start_maker.task.cfg = cfg
-
-def make_batch(job):
-    """The episodes of one update; job: (seed, stage, step, most pictures)."""
-    rng, episodes = random.Random(f"{job[:3]}"), []
-    for number in range(BATCH):
-        pictures = rng.randint(1, job[3])
+def make_batch(policy, stage, most, step):
+    """The episodes of an update, of at most so many pictures."""
+    rng, episodes = random.Random(f"{(policy.cfg.seed, stage, step)}"), []
+    for number in range(256):
+        pictures = rng.randint(1, most)
         talk = (navigation_talk(rng, pictures) if number % 3 == 0 else
-                pointing_talk(rng, pictures, start_maker.task))
-        episodes.append(lesson(start_maker.policy, talk, number))
+                pointing_talk(rng, pictures, Figures(policy.cfg)))
+        episodes.append(lesson(policy, talk, number))
     return episodes
 
-def in_advance(makers, jobs, most=40):
-    """The results of make_batch in order; at most so many are made before they are wanted."""
-    pending = collections.deque()
-    for job in jobs:
-        pending.append(makers.apply_async(make_batch, (job,)))
-        if len(pending) == most:
-            yield pending.popleft().get()
-    while pending:
-        yield pending.popleft().get()
+def teach(policy, title, steps, wave, peak, batches):
+    """`steps` updates; the rate falls along a cosine of `wave` updates. Prints, by question, the
+    probability of a whole answer."""
+    optimizer, seen, began = vrrl.AdamW(policy), {}, time.time()
+    for step, episodes in zip(range(1, steps + 1), batches):
+        tokens = sum(len(e.actions) for e in episodes)
+        for part in vrrl.micro_batches(episodes, policy.cfg.policy.micro):
+            logps, _ = policy.log_probs(part)
+            (-torch.cat(logps).sum() / tokens).backward()
+            for episode, logp in zip(part, logps if step % 50 > 44 else ()):
+                said = logp.detach().cpu().split([len(turn.ids) for turn in episode.turns])
+                for (question, answer), of_turn in zip(episode.example["talk"], said):
+                    name = "move" if question.startswith("move") else question
+                    name += " of a crop" * (name == "say the cells" and "page" in answer)
+                    seen.setdefault(name, []).append(of_turn.sum().exp().item())
+        warm = min(1.0, step / 100)
+        optimizer.step(peak * warm * (0.55 + 0.45 * math.cos(math.pi * step / wave)))
+        if step % 50 == 0 or step == steps:
+            shown = {name: round(sum(p) / len(p), 2) for name, p in sorted(seen.items())}
+            print(f"{title} {step}/{steps}, {time.time() - began:.0f} s: {shown}", flush=True)
+            seen.clear()
 
 def main(words):
-    words = ["policy.temperature=1.0", "policy.freeze_vision=no", "policy.dtype=float32", *words]
     folder = next((Path(word) for word in words if "=" not in word), HERE / "embedded")
-    words = [word for word in words if "=" in word]
+    words = ["policy.temperature=1.0", "policy.dtype=float32", "policy.micro=48",
+             *(word for word in words if "=" in word)]
     cfg, _ = vrrl.read_config(words)
-    vrrl.Policy(*build(cfg.seed), cfg).save(folder)
-    policy, began = vrrl.load_policy(folder, cfg), time.time()
-    makers = multiprocessing.get_context("spawn").Pool(
-        max(1, os.cpu_count() - 1), start_maker, (words, folder))
-    for stage, steps, wave, most, peak in STAGES:
-        optimizer, seen = vrrl.AdamW(policy), {}
-        jobs = [(cfg.seed, stage, step, most) for step in range(1, steps + 1)]
-        for step, episodes in enumerate(in_advance(makers, jobs), 1):
-            tokens = sum(len(e.actions) for e in episodes)
-            for part in vrrl.micro_batches(episodes, BATCH):
-                logps, _ = policy.log_probs(part)
-                (-torch.cat(logps).sum() / tokens).backward()
-                if step % 50 > 44:
-                    count_right(part, logps, seen)
-            warm = min(1.0, step / 100)
-            optimizer.step(peak * warm * (0.55 + 0.45 * math.cos(math.pi * step / wave)))
-            if step % 50 == 0 or step == steps:
-                shown = {name: round(sum(p) / len(p), 2) for name, p in sorted(seen.items())}
-                print(f"{stage} {step}/{steps}, {time.time() - began:.0f} s: {shown}", flush=True)
-                seen.clear()
-        policy.save(folder)
-    makers.terminate()
-
-def count_right(episodes, logps, seen):
-    """Collect, by question, the probability of each whole answer."""
-    for episode, logp in zip(episodes, logps):
-        parts = logp.detach().cpu().split([len(turn.ids) for turn in episode.turns])
-        for part, (question, answer) in zip(parts, episode.example["talk"]):
-            name = question if question.startswith("say") else "move"
-            name += " of a crop" * (name == "say the cells" and "page" in answer)
-            seen.setdefault(name, []).append(part.sum().exp().item())
+    source = cfg.model
+    if not any(word.startswith("model=") for word in words):
+        seeing, _ = vrrl.read_config([*words, "policy.freeze_vision=no", "policy.micro=256"])
+        vrrl.Policy(*build(cfg.seed), seeing).save(folder)
+        source, policy = folder, vrrl.load_policy(folder, seeing)
+        for stage, steps, wave, most, peak in STAGES:
+            batches = torch.utils.data.DataLoader(  # other processes make them in advance
+                range(1, steps + 1), None, collate_fn=functools.partial(
+                    make_batch, policy, stage, most), num_workers=max(1, os.cpu_count() - 1))
+            teach(policy, stage, steps, wave, peak, batches)
+            policy.save(folder)
+    policy = vrrl.load_policy(source, cfg)
+    talks = measuring_talks(Figures(cfg), policy.processor)
+    batches = ([lesson(policy, next(talks), n) for n in range(96)] for _ in itertools.count())
+    teach(policy, "measuring", 1000, 1050, 1e-3, batches)
+    policy.save(folder)
 
 if __name__ == "__main__":
     vrrl.run_main(main, sys.argv[1:])
