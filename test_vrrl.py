@@ -27,7 +27,7 @@ HOME = Path(tempfile.mkdtemp(prefix="test-vrrl-"))
 atexit.register(shutil.rmtree, HOME, ignore_errors=True)
 BASE = [f"device={'auto' if GPU else 'cpu'}", "policy.dtype=float32", "make.train=60",
         "make.traces=40", "make.test=3", "sft.batch=8", "rl.questions=8", "rl.samples=4",
-        "rl.max_turns=3", "eval.max_turns=3", f"data={HOME / 'data'}"]
+        "rl.max_turns=3", "eval.max_turns=3", "points.moves=no", f"data={HOME / 'data'}"]
 CONFIG = yaml.safe_load((vrrl.HERE / "config.yaml").read_text())
 TABLE = vrrl.flatten(CONFIG["settings"])
 LAKE = {"layout": ["SFF", "FHF", "FFG"]}  # two shortest ways, of four moves, around the hole
@@ -349,7 +349,7 @@ def test_the_stored_state_is_cut_where_the_policy_had_to_decide(store, texts, cu
     policy, task, wrong = policy_of(), made("grounding"), iter(("0 24", "24 0", "0 0"))
     example, short = task.examples("train")[0], ""
     for letter in texts.split():
-        text = task.say(example, task.right(example)) if letter == "R" else next(wrong, "")
+        text = task.say(task.right(example)) if letter == "R" else next(wrong, "")
         short += {"F": "F; ", "bad": "up; ", "other": "F 5 20; "}.get(
             letter, ("T " if short else "A ") + text + "; ")
     episode = scripted(policy, short)
@@ -377,9 +377,10 @@ def test_a_state_starts_with_the_same_ids_and_pictures():
     assert found > 8
 
 # ==================== The method: SFT =============================================================
-@pytest.mark.parametrize("name", ["grounding", "navigation"])
-def test_of_a_demonstration_thoughts_and_right_answers_are_taught_and_wrong_ones_never(name):
-    policy, task, lengths = policy_of(), made(name), Counter()
+@pytest.mark.parametrize("name, moves", [("grounding", "yes"), ("grounding", "no"),
+                                         ("navigation", "no")])
+def test_of_a_demonstration_thoughts_and_right_answers_are_taught_and_wrong_ones_never(name, moves):
+    policy, task, lengths = policy_of(), made(name, f"points.moves={moves}"), Counter()
     for example, turns in task.demonstrations():
         e = vrrl.demonstration(policy, task, example, turns, 0)
         right = [task.exact(example, a) for a in e.answers]
@@ -392,6 +393,7 @@ def test_of_a_demonstration_thoughts_and_right_answers_are_taught_and_wrong_ones
             assert turn.ids == ids and turn.loss_tokens == [n < may for n in range(len(ids))]
         for before, turn in zip(e.turns, e.turns[1:-1]):
             assert turn.thought.strip() == task.thought(example, before.answer)
+            assert task.say(turn.answer, before.answer) in turn.text
         assert (turns[-1][0] == final("")) == (name == "grounding")
         lengths[len(right)] += 1
     assert lengths[1] == pytest.approx(20, abs=9) and len(lengths) > 3 and max(lengths) <= 5
@@ -698,16 +700,19 @@ BAD = ["", "3 4", "<ANSWER>3 4", "3 4</ANSWER>", "<ANSWER>3 4</FINAL>", answer("
        "<THINK><ANSWER>3 4</ANSWER></THINK>" + answer("3 4"), "<answer>3 4</answer>", answer("3"),
        answer("3 4 5"), answer("-3 4"), answer("3.5 4"), answer("٣ 4"), answer("25 3"),
        answer("3 25"), answer("9" * 400 + " 1"), answer("1 2 up"), answer(""), final("x")]
-MOVES = {"left 3 up 1": (3, 14), "down 9": (6, 24), "right 18": (24, 15), "left 7": None,
-         "down 10": None, "left": None, "3 left": None, "left 3 up": None, "left -3": None}
-
-@pytest.mark.parametrize("last", [None, (6, 15)])
 @pytest.mark.parametrize("text, expected", [*TURNS, *((text, "bad") for text in BAD)])
-def test_a_turn_is_parsed_as_the_protocol_says(text, expected, last):
-    for move, there in MOVES.items():
-        assert bare("grounding").parse(move, (6, 15)) == there and not bare("grounding").parse(move)
-    found = vrrl.parse_turn(bare("grounding"), text, last)
+def test_a_turn_is_parsed_as_the_protocol_says(text, expected):
+    found = vrrl.parse_turn(bare("grounding"), text)
     assert found == expected if expected != "bad" else (found[0], found[2]) == ("bad", None)
+
+def test_with_moves_a_revised_answer_starts_at_the_last_one_and_coordinates_are_no_answer():
+    task, after = bare("grounding", "points.moves=yes"), {
+        "left 3 up 1": (3, 14), "down 9": (6, 24), "right 18": (24, 15), "left 7": None, "up": None,
+        "down 10": None, "9 6": None, "3 left": None, "left 3 up": None, "left -3": None}
+    for move, there in after.items():
+        expected = "answer" if there else "bad", None, there
+        assert vrrl.parse_turn(task, answer(move), (6, 15)) == expected
+        assert vrrl.parse_turn(task, answer(move))[0] == ("answer" if move == "9 6" else "bad")
 
 @pytest.mark.parametrize("name", ["grounding", "navigation"])
 def test_no_text_breaks_the_parser_nor_has_nested_tags_accepted(name):
@@ -798,7 +803,7 @@ def test_the_shipped_model_has_all_words_of_its_tasks():
 
 def test_figures_of_an_evaluation_by_hand():
     task, keys = made("grounding"), ["first", "final", "commit", "turns"]
-    good = task.say(None, task.right(task.examples("train")[0]))
+    good = task.say(task.right(task.examples("train")[0]))
     played = [scripted(policy_of(), text.replace("R", good)) for text in (
         "A R; F", "A 0 24; T R; F", "A 0 24; F", "A R; T 0 24; F", "A 24 0; T 0 24; F")]
     played[2].turns.pop()  # it does not commit
@@ -1271,7 +1276,7 @@ def test_help_exits_0_and_names_every_setting_and_a_mistake_exits_2(capsys):
     assert (said.returncode, said.stderr) == (0, b"")
 
 # ==================== The repository ==============================================================
-LINES = {"vrrl.py": 1609, "data_prep.py": 913, "assets/make_embedded.py": 264,
+LINES = {"vrrl.py": 1610, "data_prep.py": 913, "assets/make_embedded.py": 264,
          "results/study.py": 319, "test_vrrl.py": 1300, "config.yaml": 165, "README.md": 200}
 PACKAGES = "numpy torch transformers tokenizers safetensors yaml tqdm PIL pytest vrrl data_prep"
 @pytest.mark.parametrize("name", LINES)

@@ -167,8 +167,8 @@ class Task:
         return data_prep.cached_image(self.folder / example["image"])
     def same(self, answer, other):
         return answer == other
-    def say(self, example, answer, last=None):
-        """The text that states an answer in demonstrations, so that `parse` reads it."""
+    def say(self, answer, last=None):
+        """The text that states an answer, so that `parse` reads it."""
         return " ".join(map(str, answer))
 
     def demonstrations(self):
@@ -194,10 +194,10 @@ class Task:
                     break
             turns, think, last = [], "", None
             for answer in answers:
-                text = f"{think}<ANSWER>{self.say(example, answer, last)}</ANSWER>"
+                text = f"{think}<ANSWER>{self.say(answer, last)}</ANSWER>"
                 turns.append((text, text if answer == answers[-1] else think))
                 think, last = f"<THINK>{self.thought(example, answer)}</THINK>", answer
-            final = f"<FINAL>{'' if self.empty_final else self.say(example, last)}</FINAL>"
+            final = f"<FINAL>{'' if self.empty_final else self.say(last)}</FINAL>"
             found.append((example, [*turns, (final, final)]))
         return found
 
@@ -209,9 +209,9 @@ class Points(Task):
     as the model sees the picture. Feedback is a crop centred on the point. It shows in the same way
     in every kind of picture whether the target lies there, and where else.
 
-    A revised answer may be a move from the last point, and in demonstrations it is one where the
-    crop shows the place (points.moves). The embedded model would not learn to add what it measured
-    to a point: in training it can look the target up in the question's picture just as well."""
+    A revised answer of the embedded model is a move from the last point (points.moves). It would
+    not learn to add what it measured on the crop to a point, since in training it can just as well
+    look the target up again in the question's picture."""
     empty_final = True  # a small model miscopies coordinates: RL would only learn to copy
 
     check = staticmethod(data_prep.check_figure)
@@ -219,31 +219,26 @@ class Points(Task):
         points = self.cfg.points
         return points.question.replace("{question}", example["question"]), points.reply
     def parse(self, text, last=None):
-        """'3 14', '3, 14' or '(3, 14)' -> (3, 14). 'left 3 up 1' after (6, 15) -> (3, 14)."""
+        """'3 14', '3, 14' or '(3, 14)' -> (3, 14); after (6, 15) 'left 3 up 1' -> (3, 14)."""
         text, answer = text.strip(), None
-        moves = re.findall(r"(left|right|up|down) (\d{1,5})", text, re.A)
-        if point := re.fullmatch(r"\(?\s*(\d{1,5})(?:\s*,\s*|\s+)(\d{1,5})\s*\)?", text, re.A):
-            answer = int(point[1]), int(point[2])
-        elif last and moves and " ".join(map(" ".join, moves)) == text:
-            by = Counter()
+        if last and self.cfg.points.moves:
+            moves, by = re.findall(r"(left|right|up|down) (\d{1,5})", text, re.A), Counter()
             for side, units in moves:
                 by[side] += int(units)
-            answer = last[0] + by["right"] - by["left"], last[1] + by["down"] - by["up"]
+            if moves and " ".join(map(" ".join, moves)) == text:
+                answer = last[0] + by["right"] - by["left"], last[1] + by["down"] - by["up"]
+        elif found := re.fullmatch(r"\(?\s*(\d{1,5})(?:\s*,\s*|\s+)(\d{1,5})\s*\)?", text, re.A):
+            answer = int(found[1]), int(found[2])
         inside = answer and min(answer) >= 0 and max(answer) <= (self.cfg.points.scale or 10_000)
         return answer if inside else None
 
-    def say(self, example, answer, last=None):
-        move = self.move(example, last, answer) if last and self.cfg.points.moves else "far"
-        return super().say(example, answer) if move == "far" else move
+    def say(self, answer, last=None):
+        return self.move(last, answer) if last and self.cfg.points.moves else super().say(answer)
 
-    def move(self, example, here, there):
-        """The way between two points: "left 3 up 1"; "here", if they are one; "far", if the crop
-        around the first does not show the second."""
-        (x0, y0), (x1, y1) = self.pixel(example, here), self.pixel(example, there)
-        if self.cfg.points.crop and max(abs(x1 - x0), abs(y1 - y0)) >= self.cfg.points.crop / 2:
-            return "far"
+    def move(self, here, there):
+        """The way from a point to another: "left 3 up 1"."""
         words = (there[0] - here[0], "left", "right"), (there[1] - here[1], "up", "down")
-        return " ".join(f"{a if n < 0 else b} {abs(n)}" for n, a, b in words if n) or "here"
+        return " ".join(f"{a if n < 0 else b} {abs(n)}" for n, a, b in words if n)
 
     def ends(self, example):
         """The coordinates of the right and the lower edge."""
@@ -304,8 +299,12 @@ class Points(Task):
         return tuple(answer)
 
     def thought(self, example, answer):
-        """Where the target lies from the point."""
-        return self.move(example, answer, self.right(example))
+        """Where the target lies from the point, as a move. "far" where the crop does not show it,
+        "here" on it."""
+        sides = zip(self.pixel(example, answer), self.centre(example))
+        if self.cfg.points.crop and max(abs(p - c) for p, c in sides) >= self.cfg.points.crop / 2:
+            return "far"
+        return self.move(answer, self.right(example)) or "here"
 
 class OwnPoints(Points):
     """One's own data: `task=points data=FILE`, a JSONL file of {"image", "question", "box"}."""
@@ -411,13 +410,15 @@ TURN = re.compile(rf"\s*(?:<THINK>{INSIDE}</THINK>\s*)?"
 
 def parse_turn(task, text, last=None):
     """(kind, thought, answer). kind is "answer", "final" or "bad"; thought is None without a THINK;
-    the answer is None where the FINAL is empty, which means the last answer (`last`).
+    the answer is None where the FINAL is empty, which means the last answer.
         parse_turn(task, "<THINK>up 1</THINK><ANSWER>4 7</ANSWER>") == ("answer", "up 1", (4, 7))"""
     match = TURN.fullmatch(text)
     thought, answer, final = match.groups() if match else (None, "", None)
     if final is not None and not final.strip():
         return "final", thought, None
-    parsed = task.parse(answer if final is None else final, last) if match else None
+    parsed = None
+    if match:
+        parsed = task.parse(answer, last) if final is None else task.parse(final)
     kind = "bad" if parsed is None else "answer" if final is None else "final"
     return kind, thought, parsed
 
@@ -1108,7 +1109,7 @@ def sft(policy, task, cfg, run):
                          for text in (*task.question(example), *(said for said, _ in turns))])
     rng, singles = random.Random("first answers"), []
     for example, _ in traces:
-        text = f"<ANSWER>{task.say(example, task.right(example, rng))}</ANSWER>"
+        text = f"<ANSWER>{task.say(task.right(example, rng))}</ANSWER>"
         singles.append((example, [(text, text)]))
     for stage, steps, data in (("first", cfg.sft.first_steps, singles),
                                ("sft", cfg.sft.steps, traces)):

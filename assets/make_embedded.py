@@ -142,14 +142,14 @@ def pointing_talk(rng, pictures, task):
             return [(shown, "say the cells", red_cells(example, point, task))]
         return [(shown, "say the offset", task.thought(example, point))]
     hairs = data_prep.draw_hairs(example["image"], task.pixel(example, point))
-    talk = [(hairs, "say the point", task.say(example, point))]
+    talk = [(hairs, "say the point", task.say(point))]
     while len(talk) < pictures:
         shown, there = task.feedback(example, point), task.near(rng, point, rng.randint(1, 5))
-        move = task.move(example, point, there)
+        move = task.move(point, there)
         if rng.random() < 0.5:
             talk.append((shown, "say the offset", task.thought(example, point)))
-        elif move != "here":
-            talk.append((shown, f"move {move}", task.say(example, there)))
+        elif move:
+            talk.append((shown, f"move {move}", task.say(there)))
             point = there
     return talk
 
@@ -170,7 +170,7 @@ def measuring_talks(task, processor):
         crops.append((crop, task.thought(example, point)))
         if number % 4 == 0:
             hairs = data_prep.draw_hairs(example["image"], task.pixel(example, point))
-            said = "say the point", task.say(example, point)
+            said = "say the point", task.say(point)
             starts.append((vrrl.Picture(hairs, processor), *said))
         if number % 8 == 0:
             maps.append([(vrrl.Picture(image, processor), *rest)
