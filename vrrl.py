@@ -15,14 +15,14 @@ The algorithm, with the default of each number beside its name (task `grounding`
         for each of rl.questions 32 questions:
             with probability rl.rho 0.6: start = the question
             otherwise (a roll-in):       start = a state from D, of another question, with
-                probability 0.3 a right one (the question, where that queue is empty)
-            sample rl.samples G = 8 rollouts at policy.temperature 0.5, of rl.max_turns 3 new turns
-                at most; after each answer but the last turn's it is shown the answer in the picture
-            R_i = max(1 if right, 0.1 + 0.9 r_i), 0 if malformed; r_i: progress of corrections
+                probability 0.3 a right one (if that queue is empty: the question)
+            sample rl.samples G = 8 rollouts at policy.temperature 0.5, of at most rl.max_turns 3
+                new turns; after an answer, unless at that limit, it is shown it in the picture
+            R_i = max(1 if right else 0, 0.1 + 0.9 r_i), 0 if malformed; r_i in [0, 1]: section 6
             A_i = R_i - mean of the other G - 1 rewards    (REINFORCE with a baseline)
             fresh rollouts only: k ~ U{1..T} of the T turns; turns before k leave the loss
         one Adam step (rl.lr 3e-4) on  - 1/(32 G) sum_i A_i sum of log pi over tokens in the loss
-        D.append(each fresh rollout up to its first wrong answer that was shown, or its last one)
+        D.append(each fresh rollout up to its first shown wrong answer; if none, its last shown one)
 
 Left out of the paper's GRPO: the standard deviation that divides A (here a setting), and the
 clipped importance ratio (each batch is used once, so the ratio is 1). README.md lists the rest.
@@ -48,7 +48,7 @@ import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen_images
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel as TextModel
 
 import data_prep
 from data_prep import UserError, write_file
@@ -134,16 +134,14 @@ class Task:
 
     An *example* is a dict with id, image (a path), size (width, height) and what the rules need.
     An *answer* is a tuple, which `parse` makes of the text inside <ANSWER>. Write
-
         __init__(cfg)               super().__init__(cfg, plan, make), as Grounding does
         splits                      names; "id" first, the others are out of distribution
         question(example)           (text before the picture, text after each feedback picture)
-        parse(text, last=None)      answer, or None; last: the answer before, if there is one
+        parse(text, last=None)      answer, or None; last: the answer that this one revises
         exact(example, answer)      whether it is right
         progress(example, answer)   p in [0, 1], which the reflection reward credits
         same(answer, other)         whether one repeats the other: a repetition earns nothing
         feedback(example, answer, mark=True)   PIL image; mark=False: without the answer (probes)
-
     and, for demonstrations, right(example, rng) and wrong(example, rng), an answer each, and
     thought(example, answer), the words for what the feedback to a wrong answer shows."""
     splits = ("id",)
@@ -174,12 +172,10 @@ class Task:
     def demonstrations(self):
         """SFT traces: a list of (example, turns). A turn is (text, taught), `taught` being the
         leading part of the text that enters the loss. Wrong answers are context, never taught:
-
-            <ANSWER>2 3</ANSWER>                              nothing, if this answer is wrong
-            <THINK>left 1 up 2</THINK><ANSWER>up 1</ANSWER>   the THINK alone, if it is wrong too
-            <THINK>left 1 up 1</THINK><ANSWER>left 1 up 1</ANSWER>   all
-            <FINAL></FINAL>                                   all
-
+            <ANSWER>2 3</ANSWER>                                nothing: 2 3 is wrong, 1 1 right
+            <THINK>left 1 up 2</THINK><ANSWER>up 1</ANSWER>     the THINK alone: 2 2 is wrong too
+            <THINK>left 1 up 1</THINK><ANSWER>left 1 up 1</ANSWER>      all
+            <FINAL></FINAL>                                             all
         A share sft.multi_share 0.5 has 1 to 4 wrong answers; the others are right at once."""
         found, rng = [], random.Random("demonstrations")
         for example in self.examples("train")[: self.cfg.make.traces]:
@@ -209,9 +205,8 @@ class Points(Task):
     as the model sees the picture. Feedback is a crop centred on the point. It shows in the same way
     in every kind of picture whether the target lies there, and where else.
 
-    A revised answer of the embedded model is a move from the last point (points.moves). It would
-    not learn to add what it measured on the crop to a point, since in training it can just as well
-    look the target up again in the question's picture."""
+    With points.moves a revised answer is a move from the last point. Asked for coordinates, a small
+    model looks the target up again in the first picture, and never adds what the crop shows."""
     empty_final = True  # a small model miscopies coordinates: RL would only learn to copy
 
     check = staticmethod(data_prep.check_figure)
@@ -219,14 +214,14 @@ class Points(Task):
         points = self.cfg.points
         return points.question.replace("{question}", example["question"]), points.reply
     def parse(self, text, last=None):
-        """'3 14', '3, 14' or '(3, 14)' -> (3, 14); after (6, 15) 'left 3 up 1' -> (3, 14)."""
+        """'3 14', '3, 14', '(3, 14)' -> (3, 14). As a move from `last`, (6, 15): 'left 3 up 1'."""
         text, answer = text.strip(), None
         if last and self.cfg.points.moves:
-            moves, by = re.findall(r"(left|right|up|down) (\d{1,5})", text, re.A), Counter()
+            moves, way = re.findall(r"(left|right|up|down) (\d{1,5})", text, re.A), Counter()
             for side, units in moves:
-                by[side] += int(units)
-            if moves and " ".join(map(" ".join, moves)) == text:
-                answer = last[0] + by["right"] - by["left"], last[1] + by["down"] - by["up"]
+                way[side] += int(units)
+            if moves and " ".join(map(" ".join, moves)) == text:  # nothing else is said
+                answer = last[0] + way["right"] - way["left"], last[1] + way["down"] - way["up"]
         elif found := re.fullmatch(r"\(?\s*(\d{1,5})(?:\s*,\s*|\s+)(\d{1,5})\s*\)?", text, re.A):
             answer = int(found[1]), int(found[2])
         inside = answer and min(answer) >= 0 and max(answer) <= (self.cfg.points.scale or 10_000)
@@ -271,7 +266,7 @@ class Points(Task):
 
     def same(self, answer, other):
         """Nearer than 1/100 of the scale (10 pixels at scale 0): a jitter is no new answer."""
-        return answer == other or math.dist(answer, other) < (self.cfg.points.scale or 1000) / 100
+        return math.dist(answer, other) < (self.cfg.points.scale or 1000) / 100
 
     def feedback(self, example, answer, mark=True):
         """A crop centred on the point, grey beyond the edge; the whole picture where crop is 0."""
@@ -299,8 +294,7 @@ class Points(Task):
         return tuple(answer)
 
     def thought(self, example, answer):
-        """Where the target lies from the point, as a move. "far" where the crop does not show it,
-        "here" on it."""
+        """The move that leads to the target; "far" if the crop does not show it, "here" on it."""
         sides = zip(self.pixel(example, answer), self.centre(example))
         if self.cfg.points.crop and max(abs(p - c) for p, c in sides) >= self.cfg.points.crop / 2:
             return "far"
@@ -361,7 +355,6 @@ class Navigation(Task):
         return found
 
     def exact(self, example, answer):
-        """The shortest length, no move off the map, no hole, the goal reached by the last move."""
         return self.thought(example, answer) == "exact"
 
     def thought(self, example, answer):
@@ -412,13 +405,12 @@ def parse_turn(task, text, last=None):
     """(kind, thought, answer). kind is "answer", "final" or "bad"; thought is None without a THINK;
     the answer is None where the FINAL is empty, which means the last answer.
         parse_turn(task, "<THINK>up 1</THINK><ANSWER>4 7</ANSWER>") == ("answer", "up 1", (4, 7))"""
-    match = TURN.fullmatch(text)
-    thought, answer, final = match.groups() if match else (None, "", None)
+    if not (match := TURN.fullmatch(text)):
+        return "bad", None, None
+    thought, answer, final = match.groups()
     if final is not None and not final.strip():
         return "final", thought, None
-    parsed = None
-    if match:
-        parsed = task.parse(answer, last) if final is None else task.parse(final)
+    parsed = task.parse(answer, last) if final is None else task.parse(final)
     kind = "bad" if parsed is None else "answer" if final is None else "final"
     return kind, thought, parsed
 
@@ -502,8 +494,7 @@ class Episode:
 # ==================== 4. Policy ===================================================================
 MARK = "\ue000"  # stands for the policy's words in a chat template; a character that no text has
 # What the library calls the cache of keys and values changed with version 5.24.
-NEW_NAME = "cache" in inspect.signature(Qwen3VLTextModel.forward).parameters
-CACHE = "cache" if NEW_NAME else "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(TextModel.forward).parameters else "past_key_values"
 # Computes a part again in the backward pass, instead of keeping what it made.
 recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
@@ -525,8 +516,7 @@ class Context:
 
 class LoRA(torch.nn.Module):
     """A linear map W x + B A x; A (rank, in) and B (out, rank) alone are trained, which fits small
-    cards (Hu et al., arXiv 2106.09685). B is 0 at first, and `save`
-    merges: within lora_off() it is the SFT model."""
+    cards (Hu et al., arXiv 2106.09685). B is 0 at first; within lora_off() it is the SFT model."""
     on = True
 
     def __init__(self, linear, rank):
@@ -634,8 +624,7 @@ class Policy:
 
     def extend(self, context, ids, new, pictures=()):
         """Let the model read `ids` (B, W) where `new` (B, W) is True, after what `context` holds,
-        which grows. Returns the hidden states (B, W, D) of the new columns. pictures: those of the
-        first row in their order, then of the second, and so on."""
+        which grows. Returns the new columns' hidden states (B, W, D). pictures: row by row."""
         (rows, width), past = ids.shape, context.valid.shape[1]
         context.valid = torch.cat([context.valid, new], 1)
         embeds, extra = self.model.get_input_embeddings()(ids), {CACHE: context.cache}
@@ -869,12 +858,10 @@ def begin(policy, task, example, start=0, spoken=(), feedback=None, image=None):
     return episode
 
 def read_turn(policy, task, episode, ids, logps=(), forced=0):
-    """The episode's next Turn, from its ids, of which the first `forced` were not sampled. One that
-    was cut off before its end token is bad."""
+    """The next Turn, from its ids (the first `forced` were not sampled). Bad if it was cut off."""
     text = policy.tokenizer.decode([i for i in ids if i != policy.end_id])
-    parsed = "bad", None, None
-    if ids[-1] == policy.end_id:
-        parsed = parse_turn(task, text, *episode.answers[-1:])
+    last, whole = next(reversed(episode.answers), None), ids[-1] == policy.end_id
+    parsed = parse_turn(task, text, last) if whole else ("bad", None, None)
     return Turn(ids, [i >= forced for i in range(len(ids))], logps, *parsed, text)
 
 def reply(policy, task, episode, turn, feedback=None):
@@ -945,13 +932,11 @@ def uniforms(policy, names, samples, turns):
 # ==================== 6. Reward ===================================================================
 def reward(task, episode, cfg):
     """R of an episode, given answers included (cfg: the settings `reward`).
-
         malformed, or the turn limit without FINAL:  R = 0
         else                                         R = max(R_answer, R_refl)
         R_answer = 1 if the last answer is right, else 0
         R_refl   = form + (1 - form) r  [+ bonus r if right]  - cost turns
         r        = clip(sum_t w(p_(t+1) - p_t), 0, 1),   w(d) = d if d >= 0 else worse * d
-
     p_t is `task.progress` of answer t; given turns and the FINAL count as turns too. The paper's
     names are lambda for worse, alpha for bonus, gamma for cost. Defaults: form 0.1; grounding:
     worse 1, bonus 0, cost 0, so that r = clip(last p - first p); navigation: worse 0.5, bonus 0.2,
@@ -1035,8 +1020,7 @@ def policy_loss(episodes, logps, rollouts, references=None, kl=0.0):
     logps, references: a (tokens,) tensor for each episode, which holds A_i and its m_ij. Summed
     over micro-batches it is the batch's loss. N, the number of rollouts, divides, and not the
     number of tokens in the loss: a divisor that depends on k would break `expected` as the average
-    of `random`. The KL term holds on masked turns too: otherwise they could drift freely.
-    """
+    of `random`. The KL term holds on masked turns too: otherwise they could drift freely."""
     loss = 0.0
     for i, (e, logp) in enumerate(zip(episodes, logps)):
         loss = loss - e.advantage * (logp.new_tensor(e.weights) * logp).sum()
@@ -1107,10 +1091,9 @@ def sft(policy, task, cfg, run):
     traces = task.demonstrations()
     check_words(policy, [text for example, turns in traces
                          for text in (*task.question(example), *(said for said, _ in turns))])
-    rng, singles = random.Random("first answers"), []
-    for example, _ in traces:
-        text = f"<ANSWER>{task.say(task.right(example, rng))}</ANSWER>"
-        singles.append((example, [(text, text)]))
+    rng = random.Random("first answers")
+    texts = [f"<ANSWER>{task.say(task.right(example, rng))}</ANSWER>" for example, _ in traces]
+    singles = [(example, [(text, text)]) for (example, _), text in zip(traces, texts)]
     for stage, steps, data in (("first", cfg.sft.first_steps, singles),
                                ("sft", cfg.sft.steps, traces)):
         made, optimizer = {}, AdamW(policy)  # `share`, `gather`: of workers, section 12
@@ -1137,8 +1120,7 @@ def check_words(policy, texts):
         raise UserError(f"words that the model's tokenizer does not have: {' '.join(lost[:20])}")
 
 def batch_of(items, count, step, seed):
-    """The `count` items of step 1, 2, ...; every pass over them has an order of its own, which
-    hangs on seed and pass alone."""
+    """The `count` items of step 1, 2, ...; seed and pass alone decide the order of each pass."""
     first, skip = divmod((step - 1) * count, len(items))
     passes = range(first, first + 1 + (skip + count) // len(items))
     order = [i for n in passes for i in random.Random(f"{seed} {n}").sample(items, len(items))]
@@ -1221,17 +1203,15 @@ def figures_of(episodes, logps, entropies, references):
             "off_policy": (logp - torch.tensor(then, device=logp.device)).abs().sum().item(),
             "entropy": torch.cat(entropies).sum().item()}
 
-def ratio(values, count=None):
-    """Their sum over `count`, by default how many there are; None where that is 0."""
-    count = len(values) if count is None else count
-    return sum(values) / count if count else None
+def ratio(values):
+    """Their mean; None where there are none."""
+    return sum(values) / len(values) if values else None
 
 def averages(outcomes, figures):
     return {figure: ratio([e[figure] for e in outcomes]) for figure in figures.split()}
 
 def outcome(task, episode):
-    """What an episode came to, as JSON can hold it. right: of each answer, given ones included;
-    never empty."""
+    """What an episode came to, for JSON. right: of each answer, given ones too; never empty."""
     turns, answers = episode.all_turns, episode.answers
     right = [bool(task.exact(episode.example, answer)) for answer in answers] or [False]
     return {"id": episode.example["id"], "example": episode.example, "given": len(episode.given),
@@ -1247,13 +1227,13 @@ def health(outcomes):
     fresh = [e for e in outcomes if not e["given"]]
     wrong = [e for e in outcomes if e["given"] and not e["right"][e["given"] - 1]]
     shown = [ok for e in fresh for ok in e["right"][: e["shown"]]]  # of each answer with feedback
+    misses = sum(e["commit"] and not e["final"] for e in fresh)
     return {**averages(fresh, "first final commit turns"),
             **averages(outcomes, "reward well_formed repeats"),
             "rollins": ratio([e["given"] > 0 for e in outcomes]),
             "rollin_repair": ratio([e["final"] for e in wrong]),
             "rollin_commit_wrong": ratio([e["commit"] and e["turns"] == 1 for e in wrong]),
-            "commit_wrong": ratio([e["commit"] and not e["final"] for e in fresh],
-                                  shown.count(False))}
+            "commit_wrong": misses / shown.count(False) if False in shown else None}
 
 # ==================== 11. Evaluation ==============================================================
 # Greedy play. The last answer counts, committed or not; how often it is committed stands apart.
@@ -1308,8 +1288,7 @@ def rates(outcomes, most):
     return {"n": len(outcomes), **averages(outcomes, "first final commit turns"),
             "repair_own": ratio([e["final"] for e in outcomes if not e["first"]]),
             "break": ratio([not e["final"] for e in outcomes if e["first"]]),
-            "after_turn": [ratio([e["right"][:n][-1] for e in outcomes])
-                           for n in range(1, most + 1)],
+            "after_turn": [ratio([e["right"][: n + 1][-1] for e in outcomes]) for n in range(most)],
             "first_by_question": bits(e["first"] for e in outcomes),
             "final_by_question": bits(e["final"] for e in outcomes)}
 
@@ -1378,7 +1357,6 @@ class Run:
         """Lock the folder. UserError if it holds a run of other settings, program, model or data.
         A setting that is younger than the run counts as its default."""
         self.folder, self.began, self.stopping = Path(folder), time.time(), False
-        self.stage, self.step, self.good = None, None, None  # good: the last checkpoint
         self.metrics, file = self.folder / "metrics.jsonl", self.folder / "settings.yaml"
         if worker() == 0:
             self.lock = data_prep.lock(self.folder, wait)
@@ -1444,7 +1422,7 @@ class Run:
 
     def load(self, optimizer, buffer):
         """Restore the stage's last good checkpoint and cut the log back to it. Its step, or 0."""
-        self.good, done = None, 0
+        self.good, done = None, 0  # good: the last good checkpoint
         for file in sorted(self.folder.glob(f"{self.stage}-*.safetensors")):
             _, step, digest = file.stem.split("-")
             if data_prep.digest(file) == digest:
@@ -1564,8 +1542,7 @@ def main(words):
     name = f"{cfg.task}-{cfg.method}-seed{cfg.seed}"
     if cfg.mode == "eval":
         name = f"eval-{cfg.task}-{'-'.join(Path(cfg.model).parts[-2:])}"
-    name += "" if cfg.profile == "default" else f"-{cfg.profile}"
-    folder = Path(cfg.run or f"runs/{name}")
+    folder = Path(cfg.run or f"runs/{name}" + f"-{cfg.profile}" * (cfg.profile != "default"))
     print(f"run folder: {folder}")
     task, run = TASKS[cfg.task](cfg), Run(folder, flat | fingerprint(cfg))
     if cfg.mode == "train":
