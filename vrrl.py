@@ -9,9 +9,9 @@ and buffered roll-ins start from past answers, mostly wrong ones, to be correcte
 
 The algorithm, with the default of each number beside its name (task `grounding`):
 
-    policy pi: a VLM after SFT on demonstrations      (sft.first_steps 450, sft.steps 50)
+    policy pi: a VLM after SFT on demonstrations      (sft.first_steps 450, sft.steps 40)
     D: two queues of states, wrong and right ones     (buffer.size 4000, buffer.right_share 0.3)
-    repeat rl.steps 300 times:
+    repeat rl.steps 400 times:
         for each of rl.questions 32 questions:
             with probability rl.rho 0.6: start = the question
             otherwise (a roll-in):       start = a state from D, of another question, with
@@ -61,7 +61,7 @@ HERE = Path(__file__).resolve().parent
 # config.yaml names every setting once: `name: [default, allowed, sentence]`. Rows of `tasks`,
 # `profiles`, `methods` change defaults, in this order; their names are what these settings allow.
 def read_config(words=()):
-    """The settings as (cfg, flat): cfg.rl.steps on frozen dataclasses, and {"rl.steps": 300, ...}.
+    """The settings as (cfg, flat): cfg.rl.steps on frozen dataclasses, and {"rl.steps": 400, ...}.
     words: `key=value`, or names of YAML files of settings; the later wins. Raises UserError."""
     try:
         return settings_from(read_yaml(HERE / "config.yaml"), words)
