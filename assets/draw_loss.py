@@ -39,7 +39,7 @@ if __name__ == "__main__":
         buffer.add(state)
     questions = {e["id"]: e for e in task.examples("train")}
     starts = [vrrl.begin(policy, task, questions[key], n, spoken)
-              for n, (key, spoken, _) in enumerate(buffer.wrong)]
+              for n, (key, spoken, _) in enumerate([*buffer.wrong][:150])]
     rolled = vrrl.play(policy, task, starts, 4, 4, luck[: 4 * len(starts)])
     one, other = corrected(fresh, 1), corrected(rolled, 1)
     rows = [row(task, one, 1, "from a question, k = 1: every turn is in the loss"),
