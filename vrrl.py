@@ -31,10 +31,9 @@ Read it from top to bottom, in the order in which an episode lives: 1 settings, 
 right), 3 conversation (turns as token ids), 4 policy (the VLM), 5 rollouts, 6 reward, 7 buffer,
 8 loss, 9 SFT, 10 RL (the loop above), 11 evaluation with probes, 12 a run (workers, checkpoints).
 
-What a fork changes, and where: a task is a subclass in section 2, an entry in TASKS and a row of
-config.yaml; a method is a row of config.yaml, made of its settings; a mask is a line of
-`turn_weights` (section 8); the reward is section 6; a model is `model=FOLDER`. Pictures are made in
-data_prep.py, which knows nothing of learning. `python vrrl.py --help` lists all settings.
+What a fork changes: a task is a subclass of `Task` (section 2), an entry in TASKS and a row of
+config.yaml; a method, a row of config.yaml; a mask, a line of `turn_weights` (section 8); the
+reward, section 6; a model, `model=FOLDER`. `python vrrl.py --help` lists all settings.
 """
 import contextlib, dataclasses, datetime, difflib, functools, hashlib, inspect, itertools
 import json, math, operator, os, platform, random, re, shutil, signal, sys, time
@@ -217,7 +216,8 @@ class Points(Task):
         """'3 14', '3, 14', '(3, 14)' -> (3, 14). As a move from `last`, (6, 15): 'left 3 up 1'."""
         text, answer = text.strip(), None
         if last and self.cfg.points.moves:
-            moves, way = re.findall(r"(left|right|up|down) (\d{1,5})", text, re.A), Counter()
+            way = Counter()
+            moves = re.findall(r"(left|right|up|down) (\d{1,5})", text, re.A)
             for side, units in moves:
                 way[side] += int(units)
             if moves and " ".join(map(" ".join, moves)) == text:  # nothing else is said
@@ -860,8 +860,8 @@ def begin(policy, task, example, start=0, spoken=(), feedback=None, image=None):
 def read_turn(policy, task, episode, ids, logps=(), forced=0):
     """The next Turn, from its ids (the first `forced` were not sampled). Bad if it was cut off."""
     text = policy.tokenizer.decode([i for i in ids if i != policy.end_id])
-    last, whole = next(reversed(episode.answers), None), ids[-1] == policy.end_id
-    parsed = parse_turn(task, text, last) if whole else ("bad", None, None)
+    last = episode.answers[-1] if episode.answers else None
+    parsed = parse_turn(task, text, last) if ids[-1] == policy.end_id else ("bad", None, None)
     return Turn(ids, [i >= forced for i in range(len(ids))], logps, *parsed, text)
 
 def reply(policy, task, episode, turn, feedback=None):
