@@ -160,10 +160,9 @@ def gradients(policy):
     policy.model.zero_grad()
     return found
 def assert_same_gradients(one, other):
-    assert one.keys() == other.keys() and one
+    assert one and one.keys() == other.keys()
     most = max(g.abs().max().item() for g in one.values())
     assert most > 0 and furthest(one.values(), other.values()) < 1e-4 * most
-
 def leaf(*shape, seed=0):
     rng = torch.Generator().manual_seed(seed)
     return torch.randn(*shape, dtype=torch.float64, generator=rng).requires_grad_()
@@ -274,17 +273,17 @@ def test_the_baseline_is_the_mean_of_the_others_and_equal_rewards_have_no_advant
 # Progress by hand, s1 = 19.2 and s2 = 48 pixels: "9 12" is 12 pixels from the centre, so that
 # p = (e^-0.390625 + e^-0.0625) / 2 = 0.808023; "0 0" is 67.88, p = (e^-12.5 + e^-2) / 2 = 0.067669.
 GROUNDING = [("A 12 12; F", 1.0), ("A 0 0; F", 0.1), ("A 0 0; T 9 12; F", 0.1 + 0.9 * 0.740354),
-    ("A 9 12; T 0 0; F", 0.1), ("A 0 0; T 9 12; T 24 24; F", 0.1), ("A 0 0; T 12 12; F", 1.0),
+    ("A 9 12; T 0 0; F", 0.1), ("A 0 0; T 9 12; T 24 24; F", 0.1), ("A 0 0; T 12 12; F", 0.95),
     ("A 12 12; T 0 0; F", 0.1), ("A 0 0; T 12 12", 0.0), ("A 12 12; so it is; F", 0.0)]
-# Form 0.1, bonus 0.2, a cost of 0.05 a turn, and half weight for what makes it worse. Progress:
-# right 1/4, right right 1/2, right right down 3/4, up and left 0.
-NAVIGATION = [(f"A {EXACT}; F", 1.0), (f"A up; T {EXACT}; F", 0.1 + 0.9 + 0.2 - 0.15),
-    (f"A right right; T {EXACT}; F", 1.0), (f"A up; T {EXACT}", 0.0), ("A right; T right; F", 0.0),
-    (f"A up; T right right down; T left; T {EXACT}; F", 1.0),  # r is clipped at one
+# Bonus 0.2, a cost of 0.05 a turn, half weight for what makes it worse, 0.05 off a right answer for
+# each revision. Progress: right 1/4, right right 1/2, right right down 3/4, up and left 0.
+NAVIGATION = [(f"A {EXACT}; F", 1.0), (f"A up; T {EXACT}; F", 0.1 + 0.9 + 0.2 - 0.15 - 0.05),
+    (f"A right right; T {EXACT}; F", 0.95), (f"A up; T {EXACT}", 0.0), ("A right; T right; F", 0.0),
+    (f"A up; T right right down; T left; T {EXACT}; F", 0.85),  # r is clipped at one
     ("A right; F", 0.0), ("A right; T right right down; F", 0.1 + 0.9 * 0.5 - 0.15),
     ("A right right; T left; T right right down; F", 0.1 + 0.9 * 0.5 - 0.2),
-    (f"A {EXACT}; T right; F", 0.0), ("A right; F", 0.3, "reward.cost=0", "reward.form=0.3"),
-    ("A right; F", 0.08, "reward.cost=0.01"), (f"A up; T {EXACT}; F", 1.35, "reward.bonus=0.5"),
+    (f"A {EXACT}; T right; F", 0.0), ("A up; T right; F", 0.325, "reward.cost=0"),
+    ("A right; F", 0.08, "reward.cost=0.01"), (f"A up; T {EXACT}; F", 1.3, "reward.bonus=0.5"),
     ("A right right; T left; T right right down; F", 0.325, "reward.cost=0", "reward.worse=1"),
     ("A right right; T left; T right right down; F", 0.775, "reward.cost=0", "reward.worse=0")]
 
@@ -299,7 +298,7 @@ def test_the_reward_is_what_its_docstring_says(row):
     name = "grounding" if row in GROUNDING else "navigation"
     paid = [reward_of(bare(name, *words), texts, given) for given in range(1 + texts.count("; "))]
     assert paid == [pytest.approx(expected, abs=1e-5)] * len(paid)  # given answers count as well
-    assert reward_of(bare(name, "reward.reflection=no"), texts) == float(expected >= 1)
+    assert reward_of(bare(name, "reward.reflection=no"), texts) == float(expected > 0.8)
 
 @pytest.mark.parametrize("texts, lost", [  # after how many turns nothing can mend it
     ("A 0 0; F", None), ("A 0 0; F 0 0", None), ("A 0 0; T 1 1; T 2 2; F 2 2", None),
@@ -888,6 +887,7 @@ def test_the_same_command_prints_the_table_and_other_settings_are_refused(capsys
     assert "rl.lr=" in line and "now 0.01" in line and str(whole()) in line
     assert contents(whole().parent) == before  # neither trains
 
+@pytest.mark.skipif(GPU, reason="on a GPU runs are not equal byte for byte")
 def test_a_run_that_was_stopped_and_killed_ends_as_one_that_was_not(tmp_path):
     words, folder = words_of(tmp_path / "run"), tmp_path / "run"
     for number, step, code in ((signal.SIGTERM, 2, 130), (signal.SIGKILL, 4, -9)):
@@ -929,7 +929,7 @@ def test_a_model_that_has_had_its_sft_goes_straight_to_rl(tmp_path):
     assert {row["method"] for row in rows_of(tmp_path / "run")} == {"sft", "sft + RL"}
 
 def test_two_workers_train_as_one(tmp_path):
-    words = "rl.steps=3", "sft.steps=2", "rl.rho=0"
+    words = "rl.steps=3", "sft.steps=2", "rl.rho=0", "device=cpu"  # one GPU takes one worker
     two = start(words_of(tmp_path / "two" / "run", *words), "-m", "torch.distributed.run",
                 "--nproc-per-node=2", "--master-addr=127.0.0.1")
     vrrl.main(words_of(tmp_path / "one" / "run", *words))
@@ -1268,7 +1268,7 @@ def test_help_exits_0_and_names_every_setting_and_a_mistake_exits_2(capsys):
 
 # ==================== The repository ==============================================================
 LINES = {"vrrl.py": 1587, "data_prep.py": 913, "assets/make_embedded.py": 264,
-         "results/study.py": 319, "test_vrrl.py": 1300, "config.yaml": 165, "README.md": 200}
+         "results/study.py": 319, "test_vrrl.py": 1300, "config.yaml": 166, "README.md": 200}
 PACKAGES = "numpy torch transformers tokenizers safetensors yaml tqdm PIL pytest vrrl data_prep"
 @pytest.mark.parametrize("name", LINES)
 def test_files_stay_short_and_import_few_packages(name):

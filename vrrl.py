@@ -18,10 +18,11 @@ The algorithm, with the default of each number beside its name (task `grounding`
                 probability 0.3 a right one (if that queue is empty: the question)
             sample rl.samples G = 8 rollouts at policy.temperature 0.5, of at most rl.max_turns 3
                 new turns; after an answer, unless at that limit, it is shown it in the picture
-            R_i = max(1 if right else 0, 0.1 + 0.9 r_i), 0 if malformed; r_i in [0, 1]: section 6
+            R_i = max(1 if right else 0, 0.1 + 0.9 r_i); a right one loses reward.revision 0.05 for
+                each revision; 0 if malformed. r_i in [0, 1] credits progress: section 6
             A_i = R_i - mean of the other G - 1 rewards    (REINFORCE with a baseline)
             fresh rollouts only: k ~ U{1..T} of the T turns; turns before k leave the loss
-        one Adam step (rl.lr 3e-4) on  - 1/(32 G) sum_i A_i sum of log pi over tokens in the loss
+        one Adam step (rl.lr 1e-4) on  - 1/(32 G) sum_i A_i sum of log pi over tokens in the loss
         D.append(each fresh rollout up to its first shown wrong answer; if none, its last shown one)
 
 Left out of the paper's GRPO: the standard deviation that divides A (here a setting), and the
@@ -532,10 +533,8 @@ class LoRA(torch.nn.Module):
 @contextlib.contextmanager
 def lora_off():
     LoRA.on = False
-    try:
-        yield
-    finally:
-        LoRA.on = True
+    yield
+    LoRA.on = True
 
 def add_lora(model, rank):
     torch.manual_seed(0)  # the same in all workers
@@ -769,7 +768,10 @@ def device_of(cfg):
     if cfg.device in ("cuda", "mps") and not getattr(torch, cfg.device).is_available():
         raise UserError(f"device={cfg.device}: torch sees none; use device=cpu")
     if cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        number = int(os.environ.get("LOCAL_RANK", 0))
+        if number < torch.cuda.device_count():
+            return torch.device("cuda", number)
+        raise UserError("more workers than GPUs: lower --nproc-per-node, or give device=cpu")
     return torch.device("cpu" if cfg.device == "auto" else cfg.device)
 
 def check_parts(name, model, tokenizer, processor, missing):
@@ -818,7 +820,6 @@ def load_policy(name, cfg):
 
 def is_large(model):  # memory then matters more than time: layers and pictures are computed again
     return sum(p.numel() for p in model.parameters()) > 100_000_000
-
 def as_linear(conv, patches):
     return torch.nn.functional.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
 
@@ -933,15 +934,17 @@ def uniforms(policy, names, samples, turns):
 def reward(task, episode, cfg):
     """R of an episode, given answers included (cfg: the settings `reward`).
         malformed, or the turn limit without FINAL:  R = 0
-        else                                         R = max(R_answer, R_refl)
+        else                                         R = max(R_answer, R_refl) - late
         R_answer = 1 if the last answer is right, else 0
-        R_refl   = form + (1 - form) r  [+ bonus r if right]  - cost turns
+        R_refl   = 0.1 + 0.9 r  [+ bonus r if right]  - cost turns
         r        = clip(sum_t w(p_(t+1) - p_t), 0, 1),   w(d) = d if d >= 0 else worse * d
-    p_t is `task.progress` of answer t; given turns and the FINAL count as turns too. The paper's
-    names are lambda for worse, alpha for bonus, gamma for cost. Defaults: form 0.1; grounding:
-    worse 1, bonus 0, cost 0, so that r = clip(last p - first p); navigation: worse 0.5, bonus 0.2,
-    cost 0.05. Plain RL (reflection no) has R = R_answer. With a bonus, failing first pays more than
-    being right at once, and a policy may learn to start low: look at first answers as well."""
+        late     = revision (answers - 1) if right, else 0
+    p_t is `task.progress` of answer t; given turns and the FINAL count as turns too. Defaults:
+    grounding: worse 1, bonus 0, cost 0, so that r = clip(last p - first p); navigation: worse 0.5,
+    bonus 0.2, cost 0.05; both: revision 0.05. Plain RL (reflection no) has R = R_answer.
+
+    `late` is not in the paper; its release takes off 0.01. Without it a wrong answer that is surely
+    mended earns what a right one earns, and a policy may come to say a wrong place on purpose."""
     if not well_formed(task, episode.all_turns):
         return 0.0
     right = task.exact(episode.example, episode.answers[-1])
@@ -950,8 +953,8 @@ def reward(task, episode, cfg):
     p = [task.progress(episode.example, answer) for answer in episode.answers]
     gains = [after - before for before, after in itertools.pairwise(p)]
     r = min(1.0, max(0.0, sum(d if d >= 0 else cfg.worse * d for d in gains)))
-    reflection = cfg.form + (1 - cfg.form) * r + cfg.bonus * r * right
-    return max(float(right), reflection - cfg.cost * len(episode.all_turns))
+    reflection = 0.1 + 0.9 * r + cfg.bonus * r * right - cfg.cost * len(episode.all_turns)
+    return max(float(right), reflection) - cfg.revision * len(gains) * right
 
 # ==================== 7. Buffer ===================================================================
 class Buffer:
@@ -1114,7 +1117,7 @@ def sft(policy, task, cfg, run):
             run.log(loss=sum(gather([total])), grad_norm=norm, lr=rate)
 
 def check_words(policy, texts):
-    """UserError if the tokenizer lacks a word of the task: such words would all look the same."""
+    """UserError if the tokenizer lacks a word of the task: all such words would look the same."""
     words = {word for text in set(texts) for word in TAG.sub(" ", text).split()}
     if lost := sorted(w for w in words if policy.tokenizer.unk_token_id in policy.encode(w)):
         raise UserError(f"words that the model's tokenizer does not have: {' '.join(lost[:20])}")
@@ -1194,8 +1197,8 @@ def rl(policy, task, cfg, run, reference=None):
                             for key in ("entropy", "kl", "off_policy")})
 
 def figures_of(episodes, logps, entropies, references):
-    """Sums over the tokens of a micro-batch, for the log. off_policy: |log-prob now - when
-    sampled|; above rounding it tells of a wrong cache."""
+    """Sums over tokens, for the log. off_policy, |log-prob now - when sampled|, tells of a wrong
+    cache where it is above rounding."""
     logp = torch.cat(logps).detach()
     then = [p for e in episodes for t in e.turns for p, may in zip(t.logps, t.loss_tokens) if may]
     kl = kl_terms(logp, torch.cat(references)).sum().item() if references else 0.0
@@ -1206,7 +1209,6 @@ def figures_of(episodes, logps, entropies, references):
 def ratio(values):
     """Their mean; None where there are none."""
     return sum(values) / len(values) if values else None
-
 def averages(outcomes, figures):
     return {figure: ratio([e[figure] for e in outcomes]) for figure in figures.split()}
 
@@ -1343,8 +1345,7 @@ def sum_gradients(policy):
             dist.all_reduce(p.grad)
 
 def start_workers(cfg):
-    """Join the workers that `torchrun` started, if it did. One that ends breaks the connections of
-    the others, which then end too (`run_main`)."""
+    """Join the workers that `torchrun` started, if it did. When one ends, the others end too."""
     if "WORLD_SIZE" in os.environ:
         backend = "gloo" if device_of(cfg).type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # another run's SFT
@@ -1444,10 +1445,10 @@ class Run:
 
     def finish(self, **content):
         """Write results.json, which says that the run is done, and remove the checkpoints."""
-        on_gpu = torch.cuda.is_initialized()
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else ""
         about = {"seconds": round(time.time() - self.began, 1), "workers": workers(),
-                 "device": torch.cuda.get_device_name() if on_gpu else platform.machine(),
-                 "torch": torch.__version__, "transformers": transformers.__version__}
+                 "torch": torch.__version__, "transformers": transformers.__version__,
+                 "device": gpu or platform.machine()}
         write_file(self.folder / "results.json", json.dumps({**content, "about": about}, indent=1))
         for file in self.folder.glob("*.safetensors"):
             file.unlink()
@@ -1554,7 +1555,6 @@ def main(words):
 def handle_signals(handler):
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, handler)
-
 def run_main(function, words):
     """What the user can mend becomes one line and exit code 2."""
     handle_signals(signal.default_int_handler)
