@@ -14,12 +14,12 @@ The algorithm, with the default of each number beside its name (task `grounding`
     repeat rl.steps 400 times:
         for each of rl.questions 32 questions:
             with probability rl.rho 0.6: start = the question
-            otherwise (a roll-in):       start = a state from D, of another question, with
-                probability 0.3 a right one (if that queue is empty: the question)
+            otherwise (a roll-in):       start = the oldest state of D's right queue (probability
+                0.3) or of its wrong queue, with its own question; the question if that is empty
             sample rl.samples G = 8 rollouts at policy.temperature 0.5, of at most rl.max_turns 3
                 new turns; after an answer, unless at that limit, it is shown it in the picture
-            R_i = max(1 if right else 0, 0.1 + 0.9 r_i); a right one loses reward.revision 0.05 for
-                each revision; 0 if malformed. r_i in [0, 1] credits progress: section 6
+            R_i = 0 if malformed, else max(1 if right else 0, 0.1 + 0.9 r_i); a right one loses
+                reward.revision 0.05 for each revision. r_i in [0, 1] credits progress: section 6
             A_i = R_i - mean of the other G - 1 rewards    (REINFORCE with a baseline)
             fresh rollouts only: k ~ U{1..T} of the T turns; turns before k leave the loss
         one Adam step (rl.lr 1e-4) on  - 1/(32 G) sum_i A_i sum of log pi over tokens in the loss
@@ -32,12 +32,10 @@ Read it from top to bottom, in the order in which an episode lives: 1 settings, 
 right), 3 conversation (turns as token ids), 4 policy (the VLM), 5 rollouts, 6 reward, 7 buffer,
 8 loss, 9 SFT, 10 RL (the loop above), 11 evaluation with probes, 12 a run (workers, checkpoints).
 
-What a fork changes: a task is a subclass of `Task` (section 2), an entry in TASKS and a row of
-config.yaml; a method, a row of config.yaml; a mask, a line of `turn_weights` (section 8); the
-reward, section 6; a model, `model=FOLDER`. `python vrrl.py --help` lists all settings.
+README.md says what a fork changes. `python vrrl.py --help` lists all settings.
 """
 import contextlib, dataclasses, datetime, difflib, functools, hashlib, inspect, itertools
-import json, math, operator, os, platform, random, re, shutil, signal, sys, time
+import json, math, operator, os, platform, random, re, shutil, signal, sys, time, types
 from collections import Counter, deque
 from pathlib import Path
 
@@ -58,40 +56,36 @@ transformers.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 
 # ==================== 1. Settings =================================================================
-# config.yaml names every setting once: `name: [default, allowed, sentence]`. Rows of `tasks`,
-# `profiles`, `methods` change defaults, in this order; their names are what these settings allow.
+# config.yaml names every setting once: `name: [default, allowed, sentence]`. A row of `tasks`, one
+# of `profiles` and one of `methods` then change defaults, in this order.
 def read_config(words=()):
-    """The settings as (cfg, flat): cfg.rl.steps on frozen dataclasses, and {"rl.steps": 400, ...}.
+    """The settings as (cfg, flat): cfg.rl.steps and so on, and {"rl.steps": 400, ...}.
     words: `key=value`, or names of YAML files of settings; the later wins. Raises UserError."""
-    try:
-        return settings_from(read_yaml(HERE / "config.yaml"), words)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"config.yaml has lost its form: {error!r}") from None
-
-def settings_from(config, words):
-    given, table = {}, flatten(config["settings"])
+    config, given = read_yaml(HERE / "config.yaml"), {}
     for word in words:
         key, equals, value = word.partition("=")
         if not equals and not word.endswith((".yaml", ".yml")):
             raise UserError(f"'{word}' is not key=value, nor a YAML file; for example: seed=3")
         given |= {key: value} if equals else flatten(read_yaml(word))
-    flat = {key: default for key, (default, _, _) in table.items()}
-    for kind in ("task", "profile", "method"):
-        table[kind][1] = "|".join(config[kind + "s"])
-        row = check_value(kind, given.get(kind, flat[kind]), *table[kind][:2])
-        flat |= flatten(config[kind + "s"][row])
-    sections = {"": {}}
-    for key, value in (flat | given).items():
-        if key not in table:
-            near = [known for known in table if known.endswith("." + key)]
-            near = difflib.get_close_matches(key, table, 1) or near or ["see --help"]
-            raise UserError(f"unknown setting '{key}'; nearest: {near[0]}")
-        flat[key] = check_value(key, value, *table[key][:2])
-        section, _, name = key.rpartition(".")
-        sections.setdefault(section, {})[name] = flat[key]
-    made = {name: dataclasses.make_dataclass("Settings", values, frozen=True)(**values)
-            for name, values in sections.items() if name} | sections[""]
-    return dataclasses.make_dataclass("Settings", made, frozen=True)(**made), flat
+    try:
+        table, cfg = flatten(config["settings"]), types.SimpleNamespace()
+        flat = {key: default for key, (default, _, _) in table.items()}
+        for kind in ("task", "profile", "method"):
+            table[kind][1] = "|".join(config[kind + "s"])  # config.yaml says "rows" there
+            row = check_value(kind, given.get(kind, flat[kind]), *table[kind][:2])
+            flat |= flatten(config[kind + "s"][row])
+        for key, value in (flat | given).items():
+            if key not in table:
+                near = [known for known in table if known.endswith("." + key)]
+                near = difflib.get_close_matches(key, table, 1) or near or ["see --help"]
+                raise UserError(f"unknown setting '{key}'; nearest: {near[0]}")
+            flat[key] = check_value(key, value, *table[key][:2])
+            section, _, name = key.rpartition(".")
+            place = vars(cfg).setdefault(section, types.SimpleNamespace()) if section else cfg
+            setattr(place, name, flat[key])
+        return cfg, flat
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"config.yaml has lost its form: {error!r}") from None
 
 def read_yaml(file):
     try:
@@ -130,7 +124,7 @@ def check_value(key, value, default, allowed):
 # ==================== 2. Tasks ====================================================================
 class Task:
     """What the model learns. A new task is a subclass, an entry in TASKS, a row in config.yaml, and
-    settings for its texts, which Policy.__init__ checks too.
+    settings for its texts (add their names in Policy.__init__, which checks them).
 
     An *example* is a dict with id, image (a path), size (width, height) and what the rules need.
     An *answer* is a tuple, which `parse` makes of the text inside <ANSWER>. Write
@@ -148,9 +142,9 @@ class Task:
     empty_final = False  # whether demonstrations commit with <FINAL></FINAL>
 
     def __init__(self, cfg, plan, make):
-        """Make the data, once. plan: {"test_id": [(7, "snow"), ...], "dev_id": ..., "train": ...},
-        a tuple for each item, here maps of 7 x 7; make(rng, 7, "snow") gives its (record, image):
-        an example, to which id, image and size are added, and a PIL image."""
+        """Make the data, once. plan: for "train", and for "test_X" and "dev_X" of each split X, a
+        list of tuples such as (7, "snow"). make(rng, 7, "snow") gives (record, PIL image); with id,
+        image (a path) and size, which are added, the record is an example."""
         if Path(cfg.data).is_file():
             raise UserError(f"data={cfg.data} is a file: it needs task=points")
         name = data_prep.digest_of([plan, data_prep.digest(HERE / "data_prep.py")])
@@ -171,8 +165,9 @@ class Task:
 
     def demonstrations(self):
         """SFT traces: a list of (example, turns). A turn is (text, taught), `taught` being the
-        leading part of the text that enters the loss. Wrong answers are context, never taught:
-            <ANSWER>2 3</ANSWER>                                nothing: 2 3 is wrong, 1 1 right
+        leading part of the text that enters the loss. Wrong answers are context, never taught. If
+        the target is at 1 1, this is said, and of it is taught:
+            <ANSWER>2 3</ANSWER>                                nothing
             <THINK>left 1 up 2</THINK><ANSWER>up 1</ANSWER>     the THINK alone: 2 2 is wrong too
             <THINK>left 1 up 1</THINK><ANSWER>left 1 up 1</ANSWER>      all
             <FINAL></FINAL>                                             all
@@ -205,8 +200,8 @@ class Points(Task):
     as the model sees the picture. Feedback is a crop centred on the point. It shows in the same way
     in every kind of picture whether the target lies there, and where else.
 
-    With points.moves a revised answer is a move from the last point. Asked for coordinates, a small
-    model looks the target up again in the first picture, and never adds what the crop shows."""
+    With points.moves a revised answer is a move from the last point. Without it a small model looks
+    the target up again in the first picture, and never adds what the crop shows."""
     empty_final = True  # a small model miscopies coordinates: RL would only learn to copy
 
     check = staticmethod(data_prep.check_figure)
@@ -240,7 +235,7 @@ class Points(Task):
         """The coordinates of the right and the lower edge."""
         if self.cfg.points.scale:
             return self.cfg.points.scale, self.cfg.points.scale
-        return size_seen(example["size"], load_processor(source_of(self.cfg.model)))
+        return size_seen(example["size"], load_parts(source_of(self.cfg.model))[1])
     def pixel(self, example, answer):
         """An answer as (x, y) in pixels of the image."""
         sides = zip(answer, example["size"], self.ends(example))
@@ -305,7 +300,7 @@ class OwnPoints(Points):
     """One's own data: `task=points data=FILE`, a JSONL file of {"image", "question", "box"}."""
     def __init__(self, cfg):
         self.cfg, self.folder = cfg, Path(cfg.data).parent
-        tokenizer = load_tokenizer(source_of(cfg.model))
+        tokenizer = load_parts(source_of(cfg.model))[0]
         self.own = data_prep.own_examples(cfg.data, functools.partial(check_text, tokenizer))
 
     def examples(self, split):
@@ -371,8 +366,8 @@ class Navigation(Task):
         return "exact" if len(answer) == left[0] else "longer"
 
     def progress(self, example, answer):
-        """p: how many leading moves each come one nearer to the goal, over the shortest length. One
-        that goes on after reaching the goal so has 0: otherwise a wrong answer had p = 1."""
+        """p: how many leading moves each come one nearer to the goal, over the shortest length. A
+        way that goes on after the goal has 0: it is wrong, and had p = 1 otherwise."""
         left, good = self.walk(example, answer), 0
         while good + 1 < len(left) and left[good + 1] == left[0] - good - 1:
             good += 1
@@ -403,17 +398,17 @@ TURN = re.compile(rf"\s*(?:<THINK>{INSIDE}</THINK>\s*)?"
                   rf"(?:<ANSWER>{INSIDE}</ANSWER>|<FINAL>{INSIDE}</FINAL>)\s*", re.S)
 
 def parse_turn(task, text, last=None):
-    """(kind, thought, answer). kind is "answer", "final" or "bad"; thought is None without a THINK;
-    the answer is None where the FINAL is empty, which means the last answer.
+    """(kind, thought, answer). kind is "answer", "final" or "bad"; thought is None without a THINK.
+    A FINAL commits `last`, the last answer: it is empty or repeats it. Any other FINAL is bad.
         parse_turn(task, "<THINK>up 1</THINK><ANSWER>4 7</ANSWER>") == ("answer", "up 1", (4, 7))"""
     if not (match := TURN.fullmatch(text)):
         return "bad", None, None
     thought, answer, final = match.groups()
-    if final is not None and not final.strip():
-        return "final", thought, None
-    parsed = task.parse(answer, last) if final is None else task.parse(final)
-    kind = "bad" if parsed is None else "answer" if final is None else "final"
-    return kind, thought, parsed
+    if final is None:
+        answer = task.parse(answer, last)
+        return "bad" if answer is None else "answer", thought, answer
+    commits = last and (not final.strip() or task.parse(final) == last)
+    return "final" if commits else "bad", thought, None
 
 def size_seen(size, processor):
     """(width, height) in pixels that an image of this size has when the model sees it."""
@@ -439,7 +434,7 @@ class Picture:
 class Turn:
     """One turn of the policy, and what the user shows next."""
     ids: list  # as sampled, with the end token unless the turn was cut off at policy.max_new
-    loss_tokens: list  # for each id, may it enter a loss? (not if forced, or not taught)
+    loss_tokens: list  # for each id: is it an action token, one that may enter a loss? (if taught)
     logps: list = ()  # with which they were sampled
     kind: str = "answer"
     thought: str | None = None
@@ -454,13 +449,13 @@ class Episode:
     example: dict
     question_ids: list
     question_picture: Picture
-    start: int = 0  # episodes of one start share their opening: the question and the given turns
+    start: int = 0  # its number: episodes of one start share their opening
     given: list = dataclasses.field(default_factory=list)
     turns: list = dataclasses.field(default_factory=list)
-    force_think: bool = False
+    opened: list = ()  # ids that begin the first new turn and were not sampled
     reward: float = 0.0
     advantage: float = 0.0
-    weights: list = ()  # in the loss, of each action token
+    weights: list = ()  # of each action token in the loss
 
     @property
     def all_turns(self):
@@ -469,15 +464,10 @@ class Episode:
     def answers(self):
         return [t.answer for t in self.all_turns if t.kind == "answer"]
     @property
-    def committed(self):
-        """Whether it ends in a FINAL for its last answer."""
-        last, said = self.all_turns[-1], self.answers[-1:]
-        return last.kind == "final" and bool(said) and last.answer in (None, *said)
-    @property
     def opening(self):
-        """(ids, pictures) up to the first new turn."""
+        """(ids, pictures) up to the first new token."""
         ids = [*self.question_ids, *(i for t in self.given for i in (*t.ids, *t.feedback))]
-        return ids, [self.question_picture, *(t.picture for t in self.given)]
+        return [*ids, *self.opened], [self.question_picture, *(t.picture for t in self.given)]
     @property
     def rest(self):
         """(ids, pictures) of the new turns and of the feedback to them."""
@@ -485,7 +475,7 @@ class Episode:
         return ids, [t.picture for t in self.turns if t.picture is not None]
     @property
     def actions(self):
-        """(column in the ids of `rest`, number of the turn from 1) of what may enter a loss."""
+        """(column in the ids of `rest`, number of the turn from 1) of each action token."""
         found, column = [], 0
         for number, turn in enumerate(self.turns, 1):
             found += [(column + i, number) for i, may in enumerate(turn.loss_tokens) if may]
@@ -515,42 +505,27 @@ class Context:
         self.valid, self.position, self.last = (
             t.index_select(0, rows) for t in (self.valid, self.position, self.last))
 
-class LoRA(torch.nn.Module):
-    """A linear map W x + B A x; A (rank, in) and B (out, rank) alone are trained, which fits small
-    cards (Hu et al., arXiv 2106.09685). B is 0 at first; within lora_off() it is the SFT model."""
-    on = True
-
-    def __init__(self, linear, rank):
-        super().__init__()
-        self.linear, (rows, columns) = linear, linear.weight.shape
-        a = torch.randn_like(linear.weight.new_empty(rank, columns)) / columns ** 0.5
-        self.a = torch.nn.Parameter(a)
-        self.b = torch.nn.Parameter(linear.weight.new_zeros(rows, rank))
-
-    def forward(self, x):
-        return self.linear(x) + (x @ self.a.T) @ self.b.T if LoRA.on else self.linear(x)
+def lora(linear, inputs, output):
+    """W x + B A x: a linear map with an adapter, for small cards (Hu et al., arXiv 2106.09685).
+    A (rank, in) and B (out, rank) alone are trained. B is 0 at first. Within lora_off(): W x."""
+    return output + (inputs[0] @ linear.a.T) @ linear.b.T if lora.on else output
+lora.on = True
 
 @contextlib.contextmanager
 def lora_off():
-    LoRA.on = False
+    lora.on = False
     yield
-    LoRA.on = True
+    lora.on = True
 
 def add_lora(model, rank):
     torch.manual_seed(0)  # the same in all workers
     model.requires_grad_(False)
-    for parent in [*model.model.language_model.layers.modules()]:
-        for name, child in parent.named_children():
-            if isinstance(child, torch.nn.Linear):
-                setattr(parent, name, LoRA(child, rank))
-
-def merged_weights(model):
-    """The state dict of a model without adapters that says the same."""
-    state = {n: t for n, t in model.state_dict().items() if not n.endswith((".a", ".b"))}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRA):
-            state[f"{name}.linear.weight"] = module.linear.weight + module.b @ module.a
-    return {name.replace(".linear.", "."): t.detach() for name, t in state.items()}
+    for linear in model.model.language_model.layers.modules():
+        if isinstance(linear, torch.nn.Linear):
+            a = torch.randn_like(linear.weight.new_empty(rank, linear.in_features))
+            linear.a = torch.nn.Parameter(a / linear.in_features ** 0.5)
+            linear.b = torch.nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+            linear.register_forward_hook(lora)
 
 class Policy:
     """A Qwen2.5-VL or Qwen3-VL model with its tokenizer and image processor. `extend` reads more
@@ -603,7 +578,8 @@ class Policy:
         """[(visual tokens (down * across, D), their DeepStack features), ...], one a picture."""
         found = {id(p): p.features for p in pictures if p.features is not None}
         todo = list({id(p): p for p in pictures if id(p) not in found}.values())
-        most = max(1, 4096 // max((math.prod(p.grid) for p in todo), default=1))  # at a time
+        # So many pictures at a time have 4096 visual tokens.
+        most = max(1, 4096 // max((math.prod(p.grid) for p in todo), default=1))
         mean, std = (torch.tensor(values, device=self.device)[:, None] for values in
                      (self.processor.image_mean, self.processor.image_std))
         for part in (todo[at : at + most] for at in range(0, len(todo), most)):
@@ -658,14 +634,12 @@ class Policy:
         return logits.masked_fill(self.banned, -torch.inf).log_softmax(-1)
 
     @torch.no_grad()
-    def sample(self, context, forced, luck=None):
-        """One turn for each row: a list of (ids, log-probs). UserError if these are not finite at
-        first. forced: ids with which a row's turn begins, B lists. luck: (B, policy.max_new), in
-        [0, 1), decides the tokens, so that no row depends on its neighbours; None: greedy."""
-        length, tokens, logps = self.cfg.policy.max_new, [], []
-        first = torch.tensor([[*f, *[-1] * (length - len(f))] for f in forced], device=self.device)
-        done = torch.zeros(len(forced), dtype=torch.bool, device=self.device)
-        for step in range(length):
+    def sample(self, context, luck=None):
+        """One turn for each row: a list of (ids, log-probs). UserError if the log-probs of the
+        first tokens are not finite. luck: (B, policy.max_new), in [0, 1), decides the tokens, so
+        that no row depends on its neighbours; None: greedy."""
+        tokens, logps, done = [], [], torch.zeros_like(context.position, dtype=torch.bool)
+        for step in range(self.cfg.policy.max_new):
             logp = self.log_softmax(context.last)
             if luck is None:
                 token = logp.argmax(-1)
@@ -673,7 +647,6 @@ class Policy:
                 total = logp.to(luck.dtype).exp().cumsum(-1)
                 token = torch.searchsorted(total, luck[:, step, None] * total[:, -1:], right=True)
                 token = token[:, 0].clamp(max=logp.shape[-1] - 1)
-            token = torch.where(first[:, step] >= 0, first[:, step], token)
             tokens.append(torch.where(done, -1, token))
             logps.append(logp.gather(1, token[:, None])[:, 0])
             self.extend(context, token[:, None], ~done[:, None])  # the end token is read too
@@ -707,9 +680,8 @@ class Policy:
 
     def read(self, context, texts):
         """`extend` by texts: (ids, at least one, and pictures) of each row; -1 pads short rows."""
-        columns = itertools.zip_longest(*(ids for ids, _ in texts), fillvalue=-1)
-        ids = torch.tensor([*zip(*columns)], device=self.device)
-        pictures = [p for _, of_row in texts for p in of_row]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(i) for i, _ in texts], True, -1)
+        ids, pictures = ids.to(self.device), [p for _, of_row in texts for p in of_row]
         return self.extend(context, ids.clamp(min=0), ids >= 0, pictures)
 
     def score(self, hidden, taken):
@@ -722,8 +694,12 @@ class Policy:
     def save(self, folder):
         """Write a Hugging Face folder, whole or not at all. UserError if that fails."""
         folder, temporary = Path(folder), Path(f"{folder}.tmp")
+        state = self.model.state_dict()
+        for name in [n.removesuffix(".a") for n in state if n.endswith(".a")]:  # adapters: merge
+            change = state.pop(f"{name}.b") @ state.pop(f"{name}.a")
+            state[f"{name}.weight"] = state[f"{name}.weight"] + change
         try:
-            self.model.save_pretrained(temporary, state_dict=merged_weights(self.model))
+            self.model.save_pretrained(temporary, state_dict=state)
             self.tokenizer.save_pretrained(temporary)
             self.processor.save_pretrained(temporary)
         except Exception as error:  # the libraries raise many kinds where a disk is full
@@ -746,17 +722,13 @@ def source_of(name):
     return name
 
 @functools.lru_cache
-def load_processor(source):
-    """The image processor, in the class that needs no torchvision; both families share it."""
-    return qwen_images.Qwen2VLImageProcessorPil.from_pretrained(source)
-
-@functools.lru_cache
-def load_tokenizer(source):
+def load_parts(source):
+    """(tokenizer, image processor). The processor's class needs no torchvision."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     if "image" not in str(tokenizer.chat_template):  # some releases keep it for the processor
         file = transformers.utils.cached_file(source, "chat_template.json")
         tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
-    return tokenizer
+    return tokenizer, qwen_images.Qwen2VLImageProcessorPil.from_pretrained(source)
 
 def check_text(tokenizer, name, text):
     """UserError if a text holds what the tokenizer would take for a special token."""
@@ -780,17 +752,14 @@ def check_parts(name, model, tokenizer, processor, missing):
     sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
     other = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
     broken = [n for n, weight in model.named_parameters() if not torch.isfinite(weight).all()]
-    fault = ""
-    if missing:  # the library would make them up
-        fault = f"its files lack {len(missing)} tensors, such as {missing[0]}"
-    elif sizes != other:
-        fault = f"patch, merge and frames are {sizes} in the model, {other} in its image processor"
-    elif len(tokenizer) > rows:
-        fault = f"its tokenizer has {len(tokenizer)} words, its embedding {rows}"
-    elif broken:
-        fault = f"its weight {broken[0]} is not finite"
-    if fault:
-        raise UserError(f"model={name}: {fault}")
+    faults = {  # the library would make up what is missing
+        f"its files lack {len(missing)} tensors, such as {missing[:1]}": missing,
+        f"patch, merge and frames are {sizes} in the model, {other} in its image processor":
+            sizes != other,
+        f"its tokenizer has {len(tokenizer)} words, its embedding {rows}": len(tokenizer) > rows,
+        f"its weight {broken[:1]} is not finite": broken}
+    if found := [fault for fault, there in faults.items() if there]:
+        raise UserError(f"model={name}: {'; '.join(found)}")
 
 def load_policy(name, cfg):
     """A Policy from a Hugging Face folder or hub name, on cfg.device. UserError if it fails."""
@@ -803,7 +772,7 @@ def load_policy(name, cfg):
             raise ValueError(f"it is a {kind}, and this program knows qwen3_vl and qwen2_5_vl")
         model, about = transformers.AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-        tokenizer, processor = load_tokenizer(source), load_processor(source)
+        tokenizer, processor = load_parts(source)
     except Exception as error:  # half a download, another architecture: many kinds
         line = (str(error) or repr(error)).splitlines()[0]
         raise UserError(f"model={name} cannot be loaded: {line}") from None
@@ -849,7 +818,7 @@ def checkpointed(layer, forward, hidden, **rest):
 # ==================== 5. Rollouts =================================================================
 def begin(policy, task, example, start=0, spoken=(), feedback=None, image=None):
     """An episode before its first new turn: after the question, or after given turns (`spoken`, the
-    ids of each) and the feedback to them. image: another one than the question's, for probes."""
+    ids of each) and the feedback to them. image: in place of the question's, for probes."""
     picture = Picture(image or task.image(example), policy.processor)
     head = policy.place(policy.prompt(*task.question(example))[0], picture)
     episode = Episode(example, head, picture, start)
@@ -858,12 +827,13 @@ def begin(policy, task, example, start=0, spoken=(), feedback=None, image=None):
         reply(policy, task, episode, episode.given[-1], feedback)
     return episode
 
-def read_turn(policy, task, episode, ids, logps=(), forced=0):
-    """The next Turn, from its ids (the first `forced` were not sampled). Bad if it was cut off."""
-    text = policy.tokenizer.decode([i for i in ids if i != policy.end_id])
+def read_turn(policy, task, episode, ids, logps=()):
+    """The next Turn, from its ids. Bad if it was cut off at policy.max_new."""
+    opened = () if episode.turns else episode.opened
+    text = policy.tokenizer.decode([i for i in (*opened, *ids) if i != policy.end_id])
     last = episode.answers[-1] if episode.answers else None
     parsed = parse_turn(task, text, last) if ids[-1] == policy.end_id else ("bad", None, None)
-    return Turn(ids, [i >= forced for i in range(len(ids))], logps, *parsed, text)
+    return Turn(ids, [True] * len(ids), logps, *parsed, text)
 
 def reply(policy, task, episode, turn, feedback=None):
     """Put the user's reply to an answer into `turn`. feedback(example, answer): the picture to
@@ -874,20 +844,15 @@ def reply(policy, task, episode, turn, feedback=None):
 
 def well_formed(task, turns, unfinished=False):
     """Turn 1 is an ANSWER without THINK; each revision has a THINK; no ANSWER repeats another; one
-    FINAL, last, without THINK, empty or with the last answer. unfinished: the FINAL may follow."""
-    answers = []
-    for turn in turns:
-        if turn.kind == "final":
-            fits = turn is turns[-1] and turn.thought is None and bool(answers)
-            return fits and turn.answer in (None, answers[-1])
-        if (turn.kind == "bad" or (turn.thought is None) == bool(answers)  # none in turn 1
-                or any(task.same(turn.answer, other) for other in answers)):
-            return False
-        answers.append(turn.answer)
-    return unfinished
+    FINAL, last, without THINK: A T* F. unfinished: more turns may follow."""
+    letters = {("answer", False): "A", ("answer", True): "T", ("final", False): "F"}
+    form = "".join(letters.get((turn.kind, turn.thought is not None), "x") for turn in turns)
+    answers = [turn.answer for turn in turns if turn.kind == "answer"]
+    repeats = any(task.same(a, b) for a, b in itertools.combinations(answers, 2))
+    return not repeats and bool(re.fullmatch("(AT*F?)?" if unfinished else "AT*F", form))
 
 @torch.no_grad()
-def play(policy, task, starts, samples, max_turns, luck=None, training=False, feedback=None):
+def play(policy, task, starts, samples, max_turns, luck=None, training=False):
     """Roll out `samples` episodes from every start, turn by turn, policy.rows 256 at a time; those
     of one start stand together. starts: Episodes without new turns. luck: see `uniforms`; None:
     greedy. An episode ends with a FINAL, with a turn that cannot be parsed, or after `max_turns`
@@ -901,17 +866,15 @@ def play(policy, task, starts, samples, max_turns, luck=None, training=False, fe
         live = range(len(episodes), len(episodes) + len(part) * samples)
         episodes += [dataclasses.replace(s, turns=[]) for s in part for _ in range(samples)]
         for number in range(max_turns):
-            forced = [policy.encode("<THINK>") if episodes[n].force_think and number == 0 else []
-                      for n in live]
-            spoken = policy.sample(context, forced, None if luck is None else luck[live, number])
+            spoken = policy.sample(context, None if luck is None else luck[live, number])
             shown = {}  # row: its new turn, where that has got feedback
             for row, (ids, logps) in enumerate(spoken):
                 episode = episodes[live[row]]
-                turn = read_turn(policy, task, episode, ids, logps, len(forced[row]))
+                turn = read_turn(policy, task, episode, ids, logps)
                 episode.turns.append(turn)
                 hopeless = training and not well_formed(task, episode.all_turns, unfinished=True)
                 if turn.kind == "answer" and number + 1 < max_turns and not hopeless:
-                    reply(policy, task, episode, turn, feedback)
+                    reply(policy, task, episode, turn)
                     shown[row] = turn
             if not shown:
                 break
@@ -972,8 +935,8 @@ class Buffer:
         store=committed: its end, with the FINAL cut off."""
         committed = self.cfg.store == "committed"
         shown = [n for n, turn in enumerate(episode.turns) if turn.picture is not None]
-        if episode.given or not shown or committed and not episode.committed:
-            return None  # of roll-ins too: states would grow out of states
+        if episode.given or not shown or committed and episode.turns[-1].kind != "final":
+            return None  # nothing was shown; or a roll-in: states would grow out of states
         right = [task.exact(episode.example, episode.turns[n].answer) for n in shown]
         cut = -1 if committed or all(right) else right.index(False)
         spoken = [turn.ids for turn in episode.turns[: shown[cut] + 1]]
@@ -992,11 +955,11 @@ class Buffer:
 # depend on the actions drops out, since E[grad log pi] = 0, and lowers the variance. The mean
 # reward of the other G - 1 rollouts of the same start is such a baseline.
 #
-# Prefix masking weighs turn t of T new turns by m_t in {0, 1}, on average by t/T. A fixed mask
-# keeps the estimate unbiased for the turns that it keeps. But T depends on a_t: a commit ends the
-# episode. So E[t/T b grad log pi(a_t)] is not 0: b does not drop out, and early turns of long
-# episodes count less. This bias is the method's own. Roll-ins need no mask: their given turns are
-# not trained, and all G rollouts share them: the baseline holds the good or bad luck in them.
+# Prefix masking weighs turn t of T new turns by t/T on average. T is the policy's doing: a commit
+# ends the episode. So the weight depends on later actions, b does not drop out, and early turns of
+# long episodes count less. This bias is the method's own. (Masks that do not depend on actions have
+# none.) Roll-ins need no mask: their given turns are not trained, and as all G rollouts share them,
+# the baseline holds the good or bad luck in them.
 def turn_weights(episode, mask, rng):
     """The weight in the loss of every action token of an episode (paper: random turn masking).
     none: 1. random: turns k..T weigh 1, k ~ U{1..T}. expected: turn t weighs t/T, its average."""
@@ -1050,7 +1013,11 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr):
-        """One update from the weights' gradients, which are cleared. Returns their norm."""
+        """One update from the gradients of all workers, which are cleared. Returns their norm."""
+        for weight in self.weights:  # zero where a worker had nothing to learn
+            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+            if WORKERS > 1:
+                dist.all_reduce(weight.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0).item()
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if self.skipped == 10:
@@ -1058,7 +1025,7 @@ class AdamW:
                             "learning rate and give run=ANOTHER_NAME")
         self.steps += not self.skipped
         for weight, *kept in zip(self.weights, *self.kept.values()):
-            if not self.skipped and weight.grad is not None:
+            if not self.skipped:
                 self.update(weight, weight.grad.float(), lr, *kept)
             weight.grad = None
         return norm
@@ -1092,8 +1059,12 @@ def sft(policy, task, cfg, run):
     """Supervised fine-tuning, twice: `first` teaches first answers alone, `sft` demonstrations.
     The loss: the mean negative log-prob of the taught tokens, at the sampling temperature."""
     traces = task.demonstrations()
-    check_words(policy, [text for example, turns in traces
-                         for text in (*task.question(example), *(said for said, _ in turns))])
+    # Words that the tokenizer lacks would all look the same.
+    texts = {text for example, turns in traces
+             for text in (*task.question(example), *(said for said, _ in turns))}
+    words = {word for text in texts for word in TAG.sub(" ", text).split()}
+    if lost := sorted(w for w in words if policy.tokenizer.unk_token_id in policy.encode(w)):
+        raise UserError(f"words that the model's tokenizer does not have: {' '.join(lost[:20])}")
     rng = random.Random("first answers")
     texts = [f"<ANSWER>{task.say(task.right(example, rng))}</ANSWER>" for example, _ in traces]
     singles = [(example, [(text, text)]) for (example, _), text in zip(traces, texts)]
@@ -1110,24 +1081,16 @@ def sft(policy, task, cfg, run):
                 loss = -torch.cat(logps).sum() / tokens
                 loss.backward()
                 total += loss.item()
-            sum_gradients(policy)
             warm = min(1.0, step / max(1, min(100, steps // 10)))
             rate = cfg.sft.lr * warm * (0.55 + 0.45 * math.cos(math.pi * step / steps))
             norm = optimizer.step(rate)
             run.log(loss=sum(gather([total])), grad_norm=norm, lr=rate)
 
-def check_words(policy, texts):
-    """UserError if the tokenizer lacks a word of the task: all such words would look the same."""
-    words = {word for text in set(texts) for word in TAG.sub(" ", text).split()}
-    if lost := sorted(w for w in words if policy.tokenizer.unk_token_id in policy.encode(w)):
-        raise UserError(f"words that the model's tokenizer does not have: {' '.join(lost[:20])}")
-
 def batch_of(items, count, step, seed):
     """The `count` items of step 1, 2, ...; seed and pass alone decide the order of each pass."""
     first, skip = divmod((step - 1) * count, len(items))
-    passes = range(first, first + 1 + (skip + count) // len(items))
-    order = [i for n in passes for i in random.Random(f"{seed} {n}").sample(items, len(items))]
-    return order[skip : skip + count]
+    order = (random.Random(f"{seed} {n}").sample(items, len(items)) for n in itertools.count(first))
+    return [*itertools.islice(itertools.chain.from_iterable(order), skip, skip + count)]
 
 def micro_batches(episodes, size):
     """Slices of at most `size` episodes. Equal lengths stand together, for little padding; within
@@ -1148,29 +1111,25 @@ def rl(policy, task, cfg, run, reference=None):
         rng = random.Random(name)
         for key in batch_of([*questions], cfg.rl.questions, step, cfg.seed):
             state = buffer.take(rng) if rng.random() >= cfg.rl.rho else None
-            plan.append((len(plan), *(state or (key, (), True))))
+            plan.append((len(plan), *(state or (key, (), True))))  # True: no THINK is forced
         mine = share(plan)  # of this worker
         starts = [begin(policy, task, questions[key], n, spoken) for n, key, spoken, _ in mine]
         for start, (*_, right) in zip(starts, mine):
-            # The authors force a THINK after a wrong state: it can then not be committed.
-            start.force_think = cfg.buffer.force_think and not right
+            # The authors' release forces a THINK after a wrong state, so that it is not committed.
+            start.opened = policy.encode("<THINK>" * (cfg.buffer.force_think and not right))
 
         # 2. G rollouts from each start, turn by turn.
         luck = uniforms(policy, [f"{name} {n}" for n, *_ in mine], group, cfg.rl.max_turns)
         episodes = play(policy, task, starts, group, cfg.rl.max_turns, luck, training=True)
 
-        # 3. Rewards, and the advantage of each rollout within its group.
-        for e in episodes:
-            e.reward = reward(task, e, cfg.reward)
-        rewards = torch.tensor([e.reward for e in episodes]).view(len(starts), group)
-        advantage = advantages(rewards, cfg.rl.std_norm).flatten().tolist()
-
-        # 4. Prefix masking: k for each fresh rollout.
-        for n, e in enumerate(episodes):
-            e.advantage = advantage[n]
+        # 3. Rewards, the advantage of each rollout within its group, and prefix masking.
+        paid = [reward(task, e, cfg.reward) for e in episodes]
+        advantage = advantages(torch.tensor(paid).view(len(starts), group), cfg.rl.std_norm)
+        for n, (e, a) in enumerate(zip(episodes, advantage.flatten().tolist())):
+            e.reward, e.advantage = paid[n], a
             e.weights = turn_weights(e, cfg.rl.mask, random.Random(f"{name} {e.start} {n % group}"))
 
-        # 5. The gradient, a micro-batch at a time. Where A is 0, as in groups of equal rewards, a
+        # 4. The gradient, a micro-batch at a time. Where A is 0, as in groups of equal rewards, a
         #    rollout is left out, of the KL term too (as in the paper).
         kept, seen = [e for e in episodes if abs(e.advantage) > 1e-6], Counter()
         for part in micro_batches(kept, cfg.policy.micro):
@@ -1179,10 +1138,16 @@ def rl(policy, task, cfg, run, reference=None):
                 references = reference.log_probs(part)[0] if reference else None
             loss = policy_loss(part, logps, rollouts, references, cfg.rl.kl)
             loss.backward()
-            seen.update(figures_of(part, logps, entropies, references))
-        sum_gradients(policy)
+            # Figures for the log. off_policy tells of a wrong cache where it is above rounding.
+            now = torch.cat(logps).detach()
+            then = now.new_tensor([p for e in part for t in e.turns for p in t.logps])
+            kl = kl_terms(now, torch.cat(references)).sum().item() if references else 0.0
+            seen.update(episodes=len(part), tokens=len(now), kl=kl,
+                        entropy=torch.cat(entropies).sum().item(),
+                        off_policy=(now - then).abs().sum().item())
 
-        # 6. One step, states for later roll-ins, a line in the log. The rate rises for 20 steps.
+        # 5. One step, states for later roll-ins, a line in the log. The rate rises for 20 steps and
+        #    then falls to a tenth along a line.
         rate = cfg.rl.lr * min(step / 20, 1 - 0.9 * (step - 20) / max(1, cfg.rl.steps - 20))
         norm = optimizer.step(rate)
         states = [buffer.state_of(task, e) for e in episodes]
@@ -1195,16 +1160,6 @@ def rl(policy, task, cfg, run, reference=None):
                 wrong_states=len(buffer.wrong), right_states=len(buffer.right), grad_norm=norm,
                 lr=rate, **{key: sums[key] / max(1, sums["tokens"])
                             for key in ("entropy", "kl", "off_policy")})
-
-def figures_of(episodes, logps, entropies, references):
-    """Sums over tokens, for the log. off_policy, |log-prob now - when sampled|, tells of a wrong
-    cache where it is above rounding."""
-    logp = torch.cat(logps).detach()
-    then = [p for e in episodes for t in e.turns for p, may in zip(t.logps, t.loss_tokens) if may]
-    kl = kl_terms(logp, torch.cat(references)).sum().item() if references else 0.0
-    return {"episodes": len(episodes), "tokens": len(logp), "kl": kl,
-            "off_policy": (logp - torch.tensor(then, device=logp.device)).abs().sum().item(),
-            "entropy": torch.cat(entropies).sum().item()}
 
 def ratio(values):
     """Their mean; None where there are none."""
@@ -1219,8 +1174,8 @@ def outcome(task, episode):
     return {"id": episode.example["id"], "example": episode.example, "given": len(episode.given),
             "answers": answers, "last": turns[-1].text,
             "said": [turn.text for turn in turns if turn.kind == "answer"],
-            "right": right, "first": right[0], "final": right[-1], "commit": episode.committed,
-            "well_formed": well_formed(task, turns), "reward": episode.reward,
+            "right": right, "first": right[0], "final": right[-1], "reward": episode.reward,
+            "commit": turns[-1].kind == "final", "well_formed": well_formed(task, turns),
             "repeats": any(task.same(a, b) for a, b in itertools.combinations(answers, 2)),
             "turns": len(episode.turns), "shown": sum(t.picture is not None for t in turns)}
 
@@ -1240,10 +1195,10 @@ def health(outcomes):
 # ==================== 11. Evaluation ==============================================================
 # Greedy play. The last answer counts, committed or not; how often it is committed stands apart.
 def repair(policy, task, failed, cfg, feedback=None, hidden=False):
-    """The outcomes of greedy play after given wrong first turns, [(example, text), ...]; of whole
-    episodes where there is no text, [(example,), ...]. All models that are compared repair the same
-    turns, those of the SFT model. So none gains by failing first. feedback: what is shown after the
-    given turn, see `reply`; hidden: the question's picture is grey."""
+    """The outcomes of greedy play: of whole episodes, [(example,), ...], or after given wrong first
+    turns, [(example, text), ...]. All models that are compared repair the same turns, those of the
+    SFT model. So none gains by failing first. feedback: what is shown after the given turn, see
+    `reply`; hidden: the question's picture is grey."""
     starts = []
     for example, *texts in share(failed):
         grey = Image.new("RGB", task.image(example).size, "#808080") if hidden else None
@@ -1298,7 +1253,7 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
     """(rows, fixed, outcomes by split): `rates` of each split, with the repair of `fixed` wrong
     first turns, {split: {example id: text}}, the same for all models; None: the policy's own."""
     rows, wrong, played = [], {}, {}
-    for split in tqdm(task.splits, desc=title, unit="split", disable=worker() > 0):
+    for split in tqdm(task.splits, desc=title, unit="split", disable=RANK > 0):
         examples = task.examples(f"{cfg.eval.splits}_{split}")
         outcomes = played[split] = repair(policy, task, [(e,) for e in examples], cfg)
         wrong[split] = {e["id"]: e["said"][0] for e in outcomes if e["said"] and not e["first"]}
@@ -1318,38 +1273,20 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
 
 # ==================== 12. A run ===================================================================
 # Workers are processes that hold the same model and a share of the questions each; `torchrun`
-# starts them. `share`, `gather` and `sum_gradients` are all that training knows of them. Worker 0
-# alone prints and writes.
-def worker():
-    return dist.get_rank() if dist.is_initialized() else 0
-def workers():
-    return dist.get_world_size() if dist.is_initialized() else 1
+# starts them. `share` and `gather` are all that training knows of them, and that AdamW sums their
+# gradients. Worker 0 alone prints and writes.
+RANK, WORKERS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 def share(items):
     """This worker's part of a list."""
-    return items[worker() :: workers()]
+    return items[RANK :: WORKERS]
 
 def gather(items=()):
     """The inverse of `share`: the whole list, from what the workers made of their shares. All of
     them wait here; without items that is all it does."""
-    parts = [items] * workers()
-    if workers() > 1:
+    parts = [items] * WORKERS
+    if WORKERS > 1:
         dist.all_gather_object(parts, items)
     return [part[n] for n in range(len(parts[0])) for part in parts if n < len(part)]
-
-def sum_gradients(policy):
-    """Each worker's gradient becomes the sum of all; zero where nothing was to be learnt."""
-    for p in policy.model.parameters():
-        if p.requires_grad and p.grad is None:
-            p.grad = torch.zeros_like(p)
-        if p.requires_grad and workers() > 1:
-            dist.all_reduce(p.grad)
-
-def start_workers(cfg):
-    """Join the workers that `torchrun` started, if it did. When one ends, the others end too."""
-    if "WORLD_SIZE" in os.environ:
-        backend = "gloo" if device_of(cfg).type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # another run's SFT
-        sys.stdout = sys.stdout if worker() == 0 else open(os.devnull, "w")
 
 class Run:
     """The folder of a run: settings.yaml, metrics.jsonl, checkpoints, and at the end the report. A
@@ -1359,7 +1296,7 @@ class Run:
         A setting that is younger than the run counts as its default."""
         self.folder, self.began, self.stopping = Path(folder), time.time(), False
         self.metrics, file = self.folder / "metrics.jsonl", self.folder / "settings.yaml"
-        if worker() == 0:
+        if RANK == 0:
             self.lock = data_prep.lock(self.folder, wait)
             before = read_config()[1] | (read_yaml(file) if file.is_file() else flat)
             for key, value in flat.items():
@@ -1374,7 +1311,7 @@ class Run:
         for key, value in figures.items():
             if isinstance(value, float):  # JSON has no nan
                 figures[key] = float(f"{value:.6g}") if math.isfinite(value) else None
-        if worker() == 0:
+        if RANK == 0:
             with open(self.metrics, "a") as out:
                 out.write(json.dumps({"stage": self.stage, "step": self.step, **figures}) + "\n")
 
@@ -1386,11 +1323,11 @@ class Run:
         handle_signals(self.stop_soon)
         try:
             for self.step in tqdm(range(done + 1, count + 1), initial=done, total=count, desc=stage,
-                                  unit="step", disable=worker() > 0):
+                                  unit="step", disable=RANK > 0):
                 yield self.step
                 stop = any(gather([self.stopping]))
                 due = stop or self.step == count or time.time() - saved > max(20, 20 * cost)
-                if worker() == 0 and due and not optimizer.skipped:  # a count that it lacks
+                if RANK == 0 and due and not optimizer.skipped:  # it lacks that count
                     saved = time.time()
                     self.save(optimizer, buffer)
                     cost = time.time() - saved
@@ -1437,7 +1374,7 @@ class Run:
                 for state in json.loads(bytes(found.get_tensor("states").tolist())):
                     buffer.add(state)
         gather()
-        if worker() == 0:
+        if RANK == 0:
             lines = [json.dumps(line) + "\n" for line in data_prep.read_lines(self.metrics)
                      if line["stage"] != self.stage or line["step"] <= done]
             write_file(self.metrics, "".join(lines))
@@ -1446,7 +1383,7 @@ class Run:
     def finish(self, **content):
         """Write results.json, which says that the run is done, and remove the checkpoints."""
         gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else ""
-        about = {"seconds": round(time.time() - self.began, 1), "workers": workers(),
+        about = {"seconds": round(time.time() - self.began, 1), "workers": WORKERS,
                  "torch": torch.__version__, "transformers": transformers.__version__,
                  "device": gpu or platform.machine()}
         write_file(self.folder / "results.json", json.dumps({**content, "about": about}, indent=1))
@@ -1466,7 +1403,7 @@ def fingerprint(cfg):
     elif (data / "data.json").is_file():
         files = sorted(f for f in data.rglob("*") if f.is_file())
     return {"program": data_prep.digest(HERE / "vrrl.py", HERE / "data_prep.py"),
-            "model_files": model, "data_files": data_prep.digest(*files), "workers": workers()}
+            "model_files": model, "data_files": data_prep.digest(*files), "workers": WORKERS}
 
 def sft_model(words, task, parent):
     """(policy, folder) of the SFT model. Methods with equal SFT settings share it."""
@@ -1474,10 +1411,10 @@ def sft_model(words, task, parent):
     others = "method", "profile", "mode", "run", "data", "rl", "reward", "buffer", "eval"
     decides = {k: v for k, v in flat.items() if k.split(".")[0] not in others} | fingerprint(cfg)
     run = Run(parent / f"sft-{data_prep.digest_of(decides)}", decides, wait=True)
-    if any(gather([not (run.folder / "results.json").is_file()])):
+    if not (run.folder / "results.json").is_file():  # no other run can end it: it is locked
         policy = load_policy(cfg.model, cfg)
         sft(policy, task, cfg, run)
-        if worker() == 0:
+        if RANK == 0:
             policy.save(run.folder / "model")
             run.finish()
     gather()
@@ -1492,10 +1429,10 @@ def train(cfg, words, task, run):
         return print((run.folder / "report.md").read_text())
     # The model that all methods are compared with.
     policy, base_folder = sft_model([*words, "method=sft"], task, run.folder.parent)
-    file = base_folder / f"evaluation-{data_prep.digest_of(dataclasses.asdict(cfg.eval))}.json"
-    if any(gather([not file.is_file()])):
+    file = base_folder / f"evaluation-{data_prep.digest_of(vars(cfg.eval))}.json"
+    if any(gather([not file.is_file()])):  # all workers take the same branch
         rows, fixed, _ = evaluate(policy, task, cfg, title="evaluate sft")
-        if worker() == 0:
+        if RANK == 0:
             write_file(file, json.dumps([rows, fixed]))
         gather()
     rows, fixed = data_prep.read_json(file)
@@ -1509,7 +1446,7 @@ def train(cfg, words, task, run):
             raise UserError("RL changed no weight: in every step all rollouts of a start had equal "
                             "rewards (all wrong: raise sft.first_steps), or the loss is broken")
     own, _, played = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}")
-    if worker() == 0:
+    if RANK == 0:
         policy.save(run.folder / "model")
         name = cfg.method + " + RL" * (cfg.method == "sft" and cfg.rl.steps > 0)
         report(run, task, {"sft": rows, name: own}, played, sft_folder)
@@ -1539,7 +1476,10 @@ def main(words):
         return print(usage + (HERE / "config.yaml").read_text())
     cfg, flat = read_config(words)
     source_of(cfg.model)  # what is wrong with it is said before any work
-    start_workers(cfg)
+    if "WORLD_SIZE" in os.environ:  # by `torchrun`. A worker that ends ends the others: `run_main`
+        backend = "gloo" if device_of(cfg).type == "cpu" else "cpu:gloo,cuda:nccl"
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # another run's SFT
+        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     name = f"{cfg.task}-{cfg.method}-seed{cfg.seed}"
     if cfg.mode == "eval":
         name = f"eval-{cfg.task}-{'-'.join(Path(cfg.model).parts[-2:])}"
@@ -1549,7 +1489,7 @@ def main(words):
     if cfg.mode == "train":
         return train(cfg, words, task, run)
     rows, _, played = evaluate(load_policy(cfg.model, cfg), task, cfg)
-    if worker() == 0:
+    if RANK == 0:
         report(run, task, {cfg.model: rows}, played)
 
 def handle_signals(handler):
@@ -1578,7 +1518,7 @@ def run_main(function, words):
             message = "error: out of memory: lower policy.rows, policy.micro or policy.max_new"
         else:
             raise
-    if worker() > 0:  # worker 0 may say the same, and then it ends this process
+    if RANK > 0:  # worker 0 may say the same, and then it ends this process
         time.sleep(3)
     print(message, file=sys.stderr)
     raise SystemExit(code)
