@@ -1,18 +1,7 @@
 """Pictures and files of examples for vrrl.py: all that can be made and read without a model.
-
 `rng` is always a random.Random. Colours are (R, G, B). Boxes are (x0, y0, x1, y1) in pixels, half
-open: x0 <= x < x1.
-"""
-import contextlib
-import functools
-import hashlib
-import json
-import math
-import os
-import random
-import shutil
-import sys
-import textwrap
+open: x0 <= x < x1."""
+import contextlib, functools, hashlib, json, math, os, random, shutil, sys, textwrap
 from collections import Counter, namedtuple
 from pathlib import Path
 
@@ -793,11 +782,9 @@ FRAMES = {"right": (0, 158, 115), "wrong": (213, 60, 40), "": (190, 195, 203)}
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000", "#968C28"]
 
 def film_strip(path, rows, title="", side=150, most=6):
-    """Write episodes as rows of pictures, usually the question and then each attempt.
-
-    rows: dicts with a "label" and, of one length, "images" [PIL], "captions" [str] and "verdicts"
-    ["right", "wrong" or ""]. A row shows at most `most` pictures, `side` pixels at the longer side.
-    """
+    """Write episodes as rows of at most `most` pictures, `side` pixels at the longer side. rows:
+    dicts with a "label" and, of one length, "images" [PIL], "captions" [str] and "verdicts"
+    ["right", "wrong" or ""]."""
     gap = 18
     sheet = Image.new("RGB", (gap + most * (side + gap), 100 + len(rows) * (side + 500)), "white")
     draw = ImageDraw.Draw(sheet)

@@ -6,15 +6,10 @@ It saves a model of the profile's size, loads it as `python vrrl.py` does, and t
 Random weights say nothing that can be parsed. So each turn counts as an answer until the turn
 limit, and rewards are random numbers. What is computed is what a trained model needs.
 """
-import json
-import random
-import sys
-import tempfile
-import time
+import json, random, sys, tempfile, time
 from pathlib import Path
 
-import torch
-import transformers
+import torch, transformers
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "assets")]

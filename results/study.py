@@ -9,12 +9,7 @@ runs plain RL and VRRL after SFT of each of STRENGTHS and writes when_TASK.json.
 settings of all runs; a method's own win over them. What is done is not done again: the same command
 goes on where it was stopped, and one in a second terminal shares the work.
 """
-import contextlib
-import gc
-import json
-import sys
-import tempfile
-import time
+import contextlib, gc, json, sys, tempfile, time
 from itertools import product
 from pathlib import Path
 
