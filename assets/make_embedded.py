@@ -12,16 +12,13 @@ pictures of all splits. It is never asked where a target is in a picture, nor fo
     check it         the same inside <THINK>, as demonstrations have it
     move left 3 up 1 the coordinates after that move from the last point that was said
 
-Corrections need to measure on a crop, which a real VLM brings along. Stages 1 to 3 of the weights
-in assets/embedded are from commit 92a0fbd, where small tables nearly filled the canvas.
-"""
+Stages 1 to 3 of assets/embedded are from commit 92a0fbd, where small tables filled the canvas."""
 import functools, itertools, math, os, random, sys, time
 from pathlib import Path
 
 import tokenizers, torch, transformers
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data_prep, vrrl
 
 WORDS = """user assistant system up down left right ice hole elf gift path crash start found edge
@@ -65,13 +62,10 @@ def build(seed):
         image_mean=[0.5] * 3, image_std=[0.5] * 3)
     return transformers.Qwen3VLForConditionalGeneration(config), tokenizer, processor
 
-# ---- lessons: conversations as lists of (image, question, answer)
-
 def navigation_talk(rng, pictures):
-    """One map; first its cells or a drawn path, then other paths drawn on it."""
+    """A conversation, [(image, question, answer), ...]: the cells of a map, and paths on it."""
     size, look = rng.choice((3, 4, 5, 6, 7)), rng.choice((*data_prep.LOOKS, *data_prep.MIXES))
-    holes = round(rng.uniform(0, 0.45) * (size * size - 2))
-    cells = ["F"] * (size * size)
+    holes, cells = round(rng.uniform(0, 0.45) * (size * size - 2)), ["F"] * (size * size)
     for kind, at in zip("SG" + "H" * holes, rng.sample(range(size * size), holes + 2)):
         cells[at] = kind
     layout = ["".join(cells[row * size : (row + 1) * size]) for row in range(size)]
@@ -94,18 +88,14 @@ def navigation_talk(rng, pictures):
 def random_walk(rng, size, start):
     """(moves, the cells that they cover): 1 to 2 * size moves, which mostly go on or turn.
     Sometimes the last one leaves the map."""
-    at, moves, covered = start, [], {start}
+    at, moves, covered, back = start, [], {start}, None
     for _ in range(rng.randint(1, 2 * size)):
-        options, weights = [], []
-        for move, (down, right) in data_prep.MOVES.items():
-            there = at[0] + down, at[1] + right
-            inside = 0 <= there[0] < size and 0 <= there[1] < size
-            back = moves and data_prep.MOVES[moves[-1]] == (-down, -right)
-            options.append((move, there, inside))
-            weights.append(0.1 if back or not inside else 4 if [move] == moves[-1:] else 2)
-        move, at, inside = rng.choices(options, weights)[0]
-        moves.append(move)
-        if not inside:
+        there = {m: (at[0] + down, at[1] + right) for m, (down, right) in data_prep.MOVES.items()}
+        weights = [0.1 if cell == back or {-1, size} & {*cell} else 4 if [m] == moves[-1:] else 2
+                   for m, cell in there.items()]
+        moves += rng.choices([*there], weights)
+        at, back = there[moves[-1]], at
+        if {-1, size} & {*at}:
             break
         covered.add(at)
     return moves, covered
@@ -170,8 +160,7 @@ def measuring_talks(task, processor):
         crops.append((crop, task.thought(example, point)))
         if number % 4 == 0:
             hairs = data_prep.draw_hairs(example["image"], task.pixel(example, point))
-            said = "say the point", task.say(point)
-            starts.append((vrrl.Picture(hairs, processor), *said))
+            starts.append((vrrl.Picture(hairs, processor), "say the point", task.say(point)))
         if number % 8 == 0:
             maps.append([(vrrl.Picture(image, processor), *rest)
                          for image, *rest in navigation_talk(rng, 3)])
@@ -188,8 +177,7 @@ def lesson(policy, talk, number):
     """A conversation as an Episode whose answers are all taught; its pictures as Picture or PIL."""
     pictures = [p if isinstance(p, vrrl.Picture) else vrrl.Picture(p, policy.processor)
                 for p, _, _ in talk]
-    head, _, _ = policy.prompt(talk[0][1], "")
-    asked = {"talk": [(question, answer) for _, question, answer in talk]}
+    head, asked = policy.prompt(talk[0][1], "")[0], {"talk": [rest for _, *rest in talk]}
     episode = vrrl.Episode(asked, policy.place(head, pictures[0]), pictures[0], number)
     for n, (_, _, answer) in enumerate(talk, 1):
         ids = [*policy.encode(answer), policy.end_id]
@@ -199,8 +187,6 @@ def lesson(policy, talk, number):
             turn.feedback = policy.place(policy.prompt("", talk[n][1])[2], turn.picture)
         episode.turns.append(turn)
     return episode
-
-# ---- training
 
 # Title, updates, length of the rate's cosine in updates, most pictures, peak of the rate.
 STAGES = (("single pictures", 600, 600, 1, 1.5e-3), ("conversations", 400, 1600, 6, 1.5e-3),
@@ -231,15 +217,15 @@ def teach(policy, title, steps, wave, peak, batches):
                     name = "move" if question.startswith("move") else question
                     name += " of a crop" * (name == "say the cells" and "page" in answer)
                     seen.setdefault(name, []).append(of_turn.sum().exp().item())
-        warm = min(1.0, step / 100)
-        optimizer.step(peak * warm * (0.55 + 0.45 * math.cos(math.pi * step / wave)))
+        rate = peak * min(1.0, step / 100)
+        optimizer.step(rate * (0.55 + 0.45 * math.cos(math.pi * step / wave)))
         if step % 50 == 0 or step == steps:
             shown = {name: round(sum(p) / len(p), 2) for name, p in sorted(seen.items())}
             print(f"{title} {step}/{steps}, {time.time() - began:.0f} s: {shown}", flush=True)
             seen.clear()
 
 def main(words):
-    folder = next((Path(word) for word in words if "=" not in word), HERE / "embedded")
+    folder = next((Path(word) for word in words if "=" not in word), vrrl.HERE / "assets/embedded")
     words = ["policy.temperature=1.0", "policy.dtype=float32", "policy.micro=48",
              *(word for word in words if "=" in word)]
     cfg, _ = vrrl.read_config(words)
