@@ -9,15 +9,15 @@ and buffered roll-ins start from past answers, mostly wrong ones, to be correcte
 
 The algorithm, with the default of each number beside its name (task `grounding`):
 
-    policy pi: a VLM after SFT on demonstrations      (sft.first_steps 450, sft.steps 40)
+    policy pi: a VLM after SFT: first answers (sft.first_steps 450), demonstrations (sft.steps 40)
     D: two queues of states, wrong and right ones     (buffer.size 4000, buffer.right_share 0.3)
     repeat rl.steps 400 times:
         for each of rl.questions 32 questions:
             with probability rl.rho 0.6: start = the question
             otherwise (a roll-in):       start = the oldest state of D's right queue (probability
                 0.3) or of its wrong queue, with its own question; the question if that is empty
-            sample rl.samples G = 8 rollouts at policy.temperature 0.5, of at most rl.max_turns 3
-                new turns; after an answer, unless at that limit, it is shown it in the picture
+            sample rl.samples G = 8 rollouts at policy.temperature 0.5, each of at most
+                rl.max_turns 3 new turns; each answer but one at the limit gets a feedback picture
             R_i = 0 if malformed, else max(1 if right else 0, 0.1 + 0.9 r_i); a right one loses
                 reward.revision 0.05 for each revision. r_i in [0, 1] credits progress: section 6
             A_i = R_i - mean of the other G - 1 rewards    (REINFORCE with a baseline)
@@ -129,7 +129,6 @@ class Task:
     An *example* is a dict with id, image (a path), size (width, height) and what the rules need.
     An *answer* is a tuple, which `parse` makes of the text inside <ANSWER>. Write
         __init__(cfg)               super().__init__(cfg, plan, make), as Grounding does
-        splits                      names; "id" first, the others are out of distribution
         question(example)           (text before the picture, text after each feedback picture)
         parse(text, last=None)      answer, or None; last: the answer that this one revises
         exact(example, answer)      whether it is right
@@ -143,12 +142,13 @@ class Task:
 
     def __init__(self, cfg, plan, make):
         """Make the data, once. plan: for "train", and for "test_X" and "dev_X" of each split X, a
-        list of tuples such as (7, "snow"). make(rng, 7, "snow") gives (record, PIL image); with id,
-        image (a path) and size, which are added, the record is an example."""
+        list of tuples such as (7, "snow"). "id" is first, other splits are out of distribution.
+        make(rng, 7, "snow") gives (record, PIL image); with id, image and size: an example."""
         if Path(cfg.data).is_file():
             raise UserError(f"data={cfg.data} is a file: it needs task=points")
         name = data_prep.digest_of([plan, data_prep.digest(HERE / "data_prep.py")])
         self.cfg, self.folder = cfg, Path(cfg.data) / f"{cfg.task}-{name}"
+        self.splits = [name.removeprefix("test_") for name in plan if name.startswith("test_")]
         data_prep.make_folder(self.folder, cfg.task, plan, make)
 
     def examples(self, split):
@@ -165,8 +165,8 @@ class Task:
 
     def demonstrations(self):
         """SFT traces: a list of (example, turns). A turn is (text, taught), `taught` being the
-        leading part of the text that enters the loss. Wrong answers are context, never taught. If
-        the target is at 1 1, this is said, and of it is taught:
+        leading part of the text that enters the loss. Wrong answers are context, never taught.
+        Left: what is said where the target is at 1 1. Right: how much of it is taught.
             <ANSWER>2 3</ANSWER>                                nothing
             <THINK>left 1 up 2</THINK><ANSWER>up 1</ANSWER>     the THINK alone: 2 2 is wrong too
             <THINK>left 1 up 1</THINK><ANSWER>left 1 up 1</ANSWER>      all
@@ -183,11 +183,12 @@ class Task:
                     answers.insert(0, new)
                 if len(answers) > wanted:
                     break
-            turns, think, last = [], "", None
+            turns, last = [], None
             for answer in answers:
+                think = f"<THINK>{self.thought(example, last)}</THINK>" if last else ""
                 text = f"{think}<ANSWER>{self.say(answer, last)}</ANSWER>"
                 turns.append((text, text if answer == answers[-1] else think))
-                think, last = f"<THINK>{self.thought(example, answer)}</THINK>", answer
+                last = answer
             final = f"<FINAL>{'' if self.empty_final else self.say(last)}</FINAL>"
             found.append((example, [*turns, (final, final)]))
         return found
@@ -311,14 +312,11 @@ class Grounding(Points):
     large tables, bar charts, scatter plots, and with points.kind=text inner cells of tables."""
     def __init__(self, cfg):
         plan = data_prep.figure_plan(cfg.points.kind, cfg.make.train, cfg.make.test)
-        self.splits = [name.removeprefix("test_") for name in plan if name.startswith("test_")]
         super().__init__(cfg, plan, data_prep.make_figure)
 
 class Navigation(Task):
     """Spatial navigation on a frozen lake: a shortest way from the elf to the gift, around holes.
     An answer is a tuple of moves. Out of distribution: `size`, larger maps; `look`, new colours."""
-    splits = ("id", "size", "look")
-
     def __init__(self, cfg):
         file = Path(cfg.data) / "data.json"
         if file.is_file():  # made by `python data_prep.py official`
@@ -367,7 +365,7 @@ class Navigation(Task):
 
     def progress(self, example, answer):
         """p: how many leading moves each come one nearer to the goal, over the shortest length. A
-        way that goes on after the goal has 0: it is wrong, and had p = 1 otherwise."""
+        way that runs on past the goal is wrong: it gets 0, where this count would give 1."""
         left, good = self.walk(example, answer), 0
         while good + 1 < len(left) and left[good + 1] == left[0] - good - 1:
             good += 1
@@ -434,7 +432,7 @@ class Picture:
 class Turn:
     """One turn of the policy, and what the user shows next."""
     ids: list  # as sampled, with the end token unless the turn was cut off at policy.max_new
-    loss_tokens: list  # for each id: is it an action token, one that may enter a loss? (if taught)
+    loss_tokens: list  # for each id: may it enter a loss? In RL all may, in SFT the taught part
     logps: list = ()  # with which they were sampled
     kind: str = "answer"
     thought: str | None = None
@@ -449,7 +447,7 @@ class Episode:
     example: dict
     question_ids: list
     question_picture: Picture
-    start: int = 0  # its number: episodes of one start share their opening
+    start: int = 0  # the number of its start; episodes of the same start share their opening
     given: list = dataclasses.field(default_factory=list)
     turns: list = dataclasses.field(default_factory=list)
     opened: list = ()  # ids that begin the first new turn and were not sampled
@@ -507,15 +505,9 @@ class Context:
 
 def lora(linear, inputs, output):
     """W x + B A x: a linear map with an adapter, for small cards (Hu et al., arXiv 2106.09685).
-    A (rank, in) and B (out, rank) alone are trained. B is 0 at first. Within lora_off(): W x."""
+    A (rank, in) and B (out, rank) alone are trained. B is 0 at first. lora.on=False: W x."""
     return output + (inputs[0] @ linear.a.T) @ linear.b.T if lora.on else output
 lora.on = True
-
-@contextlib.contextmanager
-def lora_off():
-    lora.on = False
-    yield
-    lora.on = True
 
 def add_lora(model, rank):
     torch.manual_seed(0)  # the same in all workers
@@ -578,14 +570,14 @@ class Policy:
         """[(visual tokens (down * across, D), their DeepStack features), ...], one a picture."""
         found = {id(p): p.features for p in pictures if p.features is not None}
         todo = list({id(p): p for p in pictures if id(p) not in found}.values())
-        # So many pictures at a time have 4096 visual tokens.
+        # At most 4096 visual tokens go through the vision tower at once.
         most = max(1, 4096 // max((math.prod(p.grid) for p in todo), default=1))
         mean, std = (torch.tensor(values, device=self.device)[:, None] for values in
                      (self.processor.image_mean, self.processor.image_std))
         for part in (todo[at : at + most] for at in range(0, len(todo), most)):
             x = torch.from_numpy(np.concatenate([p.patches for p in part])).to(self.device)
-            x = ((x.float() / 255 - mean) / std).to(self.model.dtype)[:, :, None]  # a still image
-            x = x.expand(-1, -1, self.processor.temporal_patch_size, -1).flatten(1)  # is two frames
+            x = ((x.float() / 255 - mean) / std).to(self.model.dtype)[:, :, None]  # equal frames
+            x = x.expand(-1, -1, self.processor.temporal_patch_size, -1).flatten(1)
             grids = torch.tensor([p.patch_grid for p in part], device=self.device)
             counts = [math.prod(p.grid) for p in part]
             with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_vision):
@@ -782,9 +774,9 @@ def load_policy(name, cfg):
     if is_large(model):
         for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
             layer.forward = functools.partial(checkpointed, layer, layer.forward)
-    conv = model.model.visual.patch_embed.proj  # its kernel is its stride: a linear map, which is
+    conv = model.model.visual.patch_embed.proj  # its stride is its kernel: it is a linear map
     conv.forward = functools.partial(as_linear, conv)  # twice as fast on a GPU
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every length: at each token
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew at each new length
     return Policy(model.to(device).eval(), tokenizer, processor, cfg)
 
 def is_large(model):  # memory then matters more than time: layers and pictures are computed again
@@ -934,13 +926,12 @@ class Buffer:
         its first wrong answer that got feedback, or else up to its last one that did.
         store=committed: its end, with the FINAL cut off."""
         committed = self.cfg.store == "committed"
-        shown = [n for n, turn in enumerate(episode.turns) if turn.picture is not None]
+        shown = [turn for turn in episode.turns if turn.picture is not None]  # the leading turns
         if episode.given or not shown or committed and episode.turns[-1].kind != "final":
             return None  # nothing was shown; or a roll-in: states would grow out of states
-        right = [task.exact(episode.example, episode.turns[n].answer) for n in shown]
-        cut = -1 if committed or all(right) else right.index(False)
-        spoken = [turn.ids for turn in episode.turns[: shown[cut] + 1]]
-        return episode.example["id"], spoken, right[cut]
+        right = [task.exact(episode.example, turn.answer) for turn in shown]
+        many = len(shown) if committed or all(right) else right.index(False) + 1
+        return episode.example["id"], [turn.ids for turn in shown[:many]], right[many - 1]
 
     def add(self, state):
         (self.right if state[2] else self.wrong).append(state)
@@ -958,8 +949,8 @@ class Buffer:
 # Prefix masking weighs turn t of T new turns by t/T on average. T is the policy's doing: a commit
 # ends the episode. So the weight depends on later actions, b does not drop out, and early turns of
 # long episodes count less. This bias is the method's own. (Masks that do not depend on actions have
-# none.) Roll-ins need no mask: their given turns are not trained, and as all G rollouts share them,
-# the baseline holds the good or bad luck in them.
+# none.) Roll-ins need no mask: their given turns are not trained. All G rollouts share them, so the
+# baseline already accounts for how good or bad they are.
 def turn_weights(episode, mask, rng):
     """The weight in the loss of every action token of an episode (paper: random turn masking).
     none: 1. random: turns k..T weigh 1, k ~ U{1..T}. expected: turn t weighs t/T, its average."""
@@ -977,7 +968,8 @@ def advantages(rewards, std_norm=False):
     return centred / (rewards.std(1, keepdim=True) + 1e-6) if std_norm else centred
 
 def kl_terms(logp, reference):
-    """q - log q - 1, q = pi_SFT / pi of each token: its mean over samples is KL(pi || pi_SFT)."""
+    """q - log q - 1 of each token, q = pi_SFT / pi. The mean of its value is KL(pi || pi_SFT), but
+    its gradient is that of KL(pi_SFT || pi), as in GRPO."""
     return (reference - logp).exp() - (reference - logp) - 1
 
 def policy_loss(episodes, logps, rollouts, references=None, kl=0.0):
@@ -1087,7 +1079,7 @@ def sft(policy, task, cfg, run):
             run.log(loss=sum(gather([total])), grad_norm=norm, lr=rate)
 
 def batch_of(items, count, step, seed):
-    """The `count` items of step 1, 2, ...; seed and pass alone decide the order of each pass."""
+    """Step 1, 2, ... takes the next `count` of endless passes over items, each shuffled by seed."""
     first, skip = divmod((step - 1) * count, len(items))
     order = (random.Random(f"{seed} {n}").sample(items, len(items)) for n in itertools.count(first))
     return [*itertools.islice(itertools.chain.from_iterable(order), skip, skip + count)]
@@ -1111,15 +1103,15 @@ def rl(policy, task, cfg, run, reference=None):
         rng = random.Random(name)
         for key in batch_of([*questions], cfg.rl.questions, step, cfg.seed):
             state = buffer.take(rng) if rng.random() >= cfg.rl.rho else None
-            plan.append((len(plan), *(state or (key, (), True))))  # True: no THINK is forced
-        mine = share(plan)  # of this worker
-        starts = [begin(policy, task, questions[key], n, spoken) for n, key, spoken, _ in mine]
-        for start, (*_, right) in zip(starts, mine):
+            plan.append(state or (key, (), True))  # True: no THINK is forced
+        mine = share([*enumerate(plan)])  # of this worker
+        starts = [begin(policy, task, questions[key], n, spoken) for n, (key, spoken, _) in mine]
+        for start, (_, (*_, right)) in zip(starts, mine):
             # The authors' release forces a THINK after a wrong state, so that it is not committed.
             start.opened = policy.encode("<THINK>" * (cfg.buffer.force_think and not right))
 
         # 2. G rollouts from each start, turn by turn.
-        luck = uniforms(policy, [f"{name} {n}" for n, *_ in mine], group, cfg.rl.max_turns)
+        luck = uniforms(policy, [f"{name} {n}" for n, _ in mine], group, cfg.rl.max_turns)
         episodes = play(policy, task, starts, group, cfg.rl.max_turns, luck, training=True)
 
         # 3. Rewards, the advantage of each rollout within its group, and prefix masking.
@@ -1134,8 +1126,10 @@ def rl(policy, task, cfg, run, reference=None):
         kept, seen = [e for e in episodes if abs(e.advantage) > 1e-6], Counter()
         for part in micro_batches(kept, cfg.policy.micro):
             logps, entropies = policy.log_probs(part)
-            with torch.no_grad(), lora_off():
+            lora.on = False  # with adapters the SFT model is the policy without them
+            with torch.no_grad():
                 references = reference.log_probs(part)[0] if reference else None
+            lora.on = True
             loss = policy_loss(part, logps, rollouts, references, cfg.rl.kl)
             loss.backward()
             # Figures for the log. off_policy tells of a wrong cache where it is above rounding.
@@ -1151,9 +1145,9 @@ def rl(policy, task, cfg, run, reference=None):
         rate = cfg.rl.lr * min(step / 20, 1 - 0.9 * (step - 20) / max(1, cfg.rl.steps - 20))
         norm = optimizer.step(rate)
         states = [buffer.state_of(task, e) for e in episodes]
-        for of_start in gather([states[n : n + group] for n in range(0, len(states), group)]):
-            for state in filter(None, of_start):
-                buffer.add(state)
+        by_start = gather([states[n : n + group] for n in range(0, len(states), group)])
+        for state in filter(None, itertools.chain(*by_start)):  # in an order free of WORKERS
+            buffer.add(state)
         outcomes = gather([outcome(task, e) for e in episodes])
         sums = sum(gather([seen]), Counter())
         run.log(**health(outcomes), kept=sums["episodes"] / rollouts,
@@ -1180,7 +1174,7 @@ def outcome(task, episode):
             "turns": len(episode.turns), "shown": sum(t.picture is not None for t in turns)}
 
 def health(outcomes):
-    """Where a collapse of training shows first. Sampled, so not the figures of an evaluation."""
+    """Early signs of a collapse. commit_wrong: the share of shown wrong answers then committed."""
     fresh = [e for e in outcomes if not e["given"]]
     wrong = [e for e in outcomes if e["given"] and not e["right"][e["given"] - 1]]
     shown = [ok for e in fresh for ok in e["right"][: e["shown"]]]  # of each answer with feedback
@@ -1194,8 +1188,8 @@ def health(outcomes):
 
 # ==================== 11. Evaluation ==============================================================
 # Greedy play. The last answer counts, committed or not; how often it is committed stands apart.
-def repair(policy, task, failed, cfg, feedback=None, hidden=False):
-    """The outcomes of greedy play: of whole episodes, [(example,), ...], or after given wrong first
+def play_greedy(policy, task, failed, cfg, feedback=None, hidden=False):
+    """Outcomes of greedy play: of whole episodes, [(example,), ...], or after given wrong first
     turns, [(example, text), ...]. All models that are compared repair the same turns, those of the
     SFT model. So none gains by failing first. feedback: what is shown after the given turn, see
     `reply`; hidden: the question's picture is grey."""
@@ -1208,8 +1202,9 @@ def repair(policy, task, failed, cfg, feedback=None, hidden=False):
     return gather([outcome(task, e) for e in episodes])
 
 def probes(task, failed):
-    """{name: arguments of `repair`}: pictures that are not true, after the given turn alone. If the
-    next answer is right as often as with the true ones, it was not read from that picture.
+    """{name: arguments of `play_greedy`}: false pictures after the given turn alone; later feedback
+    is true. Where once_NAME (the next answer is right) is as high as once_fixed, the next answer
+    was not read from that picture.
 
     unmarked: no mark (a crop stays where it is). other_place: another question's wrong answer on
     this picture, or no mark. other_picture: the picture and the answer of another one. blank: plain
@@ -1225,7 +1220,7 @@ def probes(task, failed):
 
     def other_picture(example, answer):
         other, its_answer = next((e, a) for e, a in others[example["id"]] if e is example
-                                 or e["image"] != example["image"])  # itself: no other one failed
+                                 or e["image"] != example["image"])  # at worst the example itself
         return task.feedback(other, its_answer, mark=other is not example)
 
     def blank(example, answer):
@@ -1255,14 +1250,14 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
     rows, wrong, played = [], {}, {}
     for split in tqdm(task.splits, desc=title, unit="split", disable=RANK > 0):
         examples = task.examples(f"{cfg.eval.splits}_{split}")
-        outcomes = played[split] = repair(policy, task, [(e,) for e in examples], cfg)
+        outcomes = played[split] = play_greedy(policy, task, [(e,) for e in examples], cfg)
         wrong[split] = {e["id"]: e["said"][0] for e in outcomes if e["said"] and not e["first"]}
         given = (fixed or wrong)[split]
         failed = [(e, given[e["id"]]) for e in examples if e["id"] in given]
         row = {"split": split, "ood": split != "id", **rates(outcomes, cfg.eval.max_turns)}
         views = {"fixed": {}} | (probes(task, failed) if cfg.eval.probes else {})
-        for name, view in views.items():  # repair: the last answer is right; once: the next one
-            after = {e["id"]: e for e in repair(policy, task, failed, cfg, **view)}
+        for name, view in views.items():  # repair_: the last answer is right; once_: the next is
+            after = {e["id"]: e for e in play_greedy(policy, task, failed, cfg, **view)}
             once = {key: any(e["right"][1:2]) for key, e in after.items()}
             final = {key: e["final"] for key, e in after.items()}
             for figure, right in (("repair", final), ("once", once)):
@@ -1293,7 +1288,7 @@ class Run:
     run that was stopped goes on with the same command, to the same bytes."""
     def __init__(self, folder, flat, wait=False):
         """Lock the folder. UserError if it holds a run of other settings, program, model or data.
-        A setting that is younger than the run counts as its default."""
+        A setting that the run's file lacks, a newer one, counts as its default."""
         self.folder, self.began, self.stopping = Path(folder), time.time(), False
         self.metrics, file = self.folder / "metrics.jsonl", self.folder / "settings.yaml"
         if RANK == 0:
@@ -1327,7 +1322,7 @@ class Run:
                 yield self.step
                 stop = any(gather([self.stopping]))
                 due = stop or self.step == count or time.time() - saved > max(20, 20 * cost)
-                if RANK == 0 and due and not optimizer.skipped:  # it lacks that count
+                if RANK == 0 and due and not optimizer.skipped:  # a checkpoint lacks `skipped`
                     saved = time.time()
                     self.save(optimizer, buffer)
                     cost = time.time() - saved
@@ -1478,7 +1473,7 @@ def main(words):
     source_of(cfg.model)  # what is wrong with it is said before any work
     if "WORLD_SIZE" in os.environ:  # by `torchrun`. A worker that ends ends the others: `run_main`
         backend = "gloo" if device_of(cfg).type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # another run's SFT
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # may await other SFT
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     name = f"{cfg.task}-{cfg.method}-seed{cfg.seed}"
     if cfg.mode == "eval":
