@@ -185,7 +185,7 @@ class Task:
                     break
             turns, last = [], None
             for answer in answers:
-                think = f"<THINK>{self.thought(example, last)}</THINK>" if last else ""
+                think = f"<THINK>{self.thought(example, last)}</THINK>" if turns else ""
                 text = f"{think}<ANSWER>{self.say(answer, last)}</ANSWER>"
                 turns.append((text, text if answer == answers[-1] else think))
                 last = answer
@@ -405,7 +405,7 @@ def parse_turn(task, text, last=None):
     if final is None:
         answer = task.parse(answer, last)
         return "bad" if answer is None else "answer", thought, answer
-    commits = last and (not final.strip() or task.parse(final) == last)
+    commits = last is not None and (not final.strip() or task.parse(final) == last)
     return "final" if commits else "bad", thought, None
 
 def size_seen(size, processor):
@@ -453,7 +453,7 @@ class Episode:
     opened: list = ()  # ids that begin the first new turn and were not sampled
     reward: float = 0.0
     advantage: float = 0.0
-    weights: list = ()  # of each action token in the loss
+    weights: list = ()  # in the loss, of each action token
 
     @property
     def all_turns(self):
@@ -716,11 +716,20 @@ def source_of(name):
 @functools.lru_cache
 def load_parts(source):
     """(tokenizer, image processor). The processor's class needs no torchvision."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    if "image" not in str(tokenizer.chat_template):  # some releases keep it for the processor
-        file = transformers.utils.cached_file(source, "chat_template.json")
-        tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
-    return tokenizer, qwen_images.Qwen2VLImageProcessorPil.from_pretrained(source)
+    with cannot_load(source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        if "image" not in str(tokenizer.chat_template):  # some releases keep it for the processor
+            file = transformers.utils.cached_file(source, "chat_template.json")
+            tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
+        return tokenizer, qwen_images.Qwen2VLImageProcessorPil.from_pretrained(source)
+
+@contextlib.contextmanager
+def cannot_load(source):
+    try:
+        yield
+    except Exception as error:  # half a download, another architecture: many kinds
+        line = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"model={source} cannot be loaded: {line}") from None
 
 def check_text(tokenizer, name, text):
     """UserError if a text holds what the tokenizer would take for a special token."""
@@ -745,11 +754,11 @@ def check_parts(name, model, tokenizer, processor, missing):
     other = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
     broken = [n for n, weight in model.named_parameters() if not torch.isfinite(weight).all()]
     faults = {  # the library would make up what is missing
-        f"its files lack {len(missing)} tensors, such as {missing[:1]}": missing,
+        f"its files lack {len(missing)} tensors, such as {' '.join(missing[:1])}": missing,
         f"patch, merge and frames are {sizes} in the model, {other} in its image processor":
             sizes != other,
         f"its tokenizer has {len(tokenizer)} words, its embedding {rows}": len(tokenizer) > rows,
-        f"its weight {broken[:1]} is not finite": broken}
+        f"its weight {' '.join(broken[:1])} is not finite": broken}
     if found := [fault for fault, there in faults.items() if there]:
         raise UserError(f"model={name}: {'; '.join(found)}")
 
@@ -758,16 +767,13 @@ def load_policy(name, cfg):
     source, device, dtype = source_of(name), device_of(cfg), cfg.policy.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
-    try:
+    with cannot_load(source):
         kind = transformers.AutoConfig.from_pretrained(source).model_type
         if kind not in ("qwen3_vl", "qwen2_5_vl"):
             raise ValueError(f"it is a {kind}, and this program knows qwen3_vl and qwen2_5_vl")
         model, about = transformers.AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-        tokenizer, processor = load_parts(source)
-    except Exception as error:  # half a download, another architecture: many kinds
-        line = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"model={name} cannot be loaded: {line}") from None
+    tokenizer, processor = load_parts(source)
     check_parts(name, model, tokenizer, processor, sorted(about["missing_keys"]))
     if cfg.policy.lora:
         add_lora(model, cfg.policy.lora)
@@ -1270,7 +1276,8 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
 # Workers are processes that hold the same model and a share of the questions each; `torchrun`
 # starts them. `share` and `gather` are all that training knows of them, and that AdamW sums their
 # gradients. Worker 0 alone prints and writes.
-RANK, WORKERS = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+WORKERS = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0) * (WORKERS > 1)
 def share(items):
     """This worker's part of a list."""
     return items[RANK :: WORKERS]
@@ -1471,7 +1478,7 @@ def main(words):
         return print(usage + (HERE / "config.yaml").read_text())
     cfg, flat = read_config(words)
     source_of(cfg.model)  # what is wrong with it is said before any work
-    if "WORLD_SIZE" in os.environ:  # by `torchrun`. A worker that ends ends the others: `run_main`
+    if WORKERS > 1:  # started by `torchrun`. A worker that ends ends the others: `run_main`
         backend = "gloo" if device_of(cfg).type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # may await other SFT
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")

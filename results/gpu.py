@@ -4,7 +4,7 @@
 
 It saves a model of the profile's size, loads it as `python vrrl.py` does, and takes steps of RL.
 Random weights say nothing that can be parsed. So each turn counts as an answer until the turn
-limit, and rewards are random numbers. What is computed is what a trained model needs.
+limit, and rewards are random numbers.
 """
 import json, random, sys, tempfile, time
 from pathlib import Path
@@ -16,7 +16,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "assets")]
 import make_embedded
 import vrrl
 
-# The sizes of Qwen3-VL-4B-Instruct and Qwen2.5-VL-3B-Instruct, from their config.json on the hub.
+# The sizes of Qwen3-VL-4B-Instruct and Qwen2.5-VL-3B-Instruct on the hub.
 TEXT4 = dict(hidden_size=2560, intermediate_size=9728, num_attention_heads=32, head_dim=128,
              num_key_value_heads=8, rope_parameters=dict(
                  rope_type="default", rope_theta=5e6, mrope_section=[24, 20, 20]))
@@ -66,8 +66,7 @@ class Timer:
 
     def play(self, *arguments, **options):
         """`vrrl.play`, timed."""
-        began = time.time()
-        episodes = PLAY(*arguments, **options)
+        began, episodes = time.time(), PLAY(*arguments, **options)
         seconds = time.time() - began
         tokens = sum(len(turn.ids) for e in episodes for turn in e.turns)
         self.sampled = (f"{len(episodes)} rollouts, {tokens} tokens in {seconds:.1f} s "
@@ -88,7 +87,8 @@ def main(words):
         policy, rng, timer = vrrl.load_policy(folder, cfg), random.Random(0), Timer()
         reference = cfg.rl.kl and (policy if cfg.policy.lora else vrrl.load_policy(folder, cfg))
         point = lambda: (rng.randrange(1001), rng.randrange(1001))
-        vrrl.parse_turn = lambda task, text, last=None: ("answer", None, point())
+        vrrl.read_turn = lambda policy, task, episode, ids, logps=(): vrrl.Turn(
+            ids, [True] * len(ids), logps, "answer", None, point())
         vrrl.well_formed = lambda task, turns, unfinished=False: unfinished
         vrrl.reward = lambda task, episode, cfg: rng.random()
         vrrl.play = timer.play
