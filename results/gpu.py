@@ -1,6 +1,6 @@
 """What a real model takes on this GPU, with random weights: speed, memory, agreement of log-probs.
 
-    python results/gpu.py [profile=qwen3-vl-4b] [key=value ...]      # 2 minutes on an H100
+    python results/gpu.py [profile=qwen3-vl-4b] [key=value ...]      # 3 minutes on an H200
 
 It saves a model of the profile's size, loads it as `python vrrl.py` does, and takes steps of RL.
 Random weights say nothing that can be parsed. So each turn counts as an answer until the turn

@@ -25,6 +25,8 @@ STRENGTHS = ((60, 60), (100, 60), (150, 60), (150, 150), (250, 300))
 SFT_STEPS = "sft.first_steps", "sft.steps"  # what the two numbers of a strength are
 EARLY = 5  # RL steps in which the policy is still nearly the SFT model
 PROBES = "unmarked", "other_place", "other_picture", "blank", "hidden"
+# Student's t, two-sided, by the number of seeds.
+T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
 LOGGED = "commit_wrong", "rollin_commit_wrong", "first", "final", "turns"
 
 class Study:
@@ -212,6 +214,13 @@ def seed_difference(new, old, key, against=None, samples=2000):
         return ()
     return (found[0], *np.percentile(found[1:].compressed(), [2.5, 97.5]))
 
+def t_interval(gaps):
+    """(mean, low, high) of one number a seed; () for fewer than 2 seeds, or more than 10."""
+    if len(gaps) not in T95:
+        return ()
+    half = T95[len(gaps)] * np.std(gaps, ddof=1) / len(gaps) ** 0.5
+    return np.mean(gaps), np.mean(gaps) - half, np.mean(gaps) + half
+
 def brackets(found, form="+.1f"):
     return "{:{f}} [{:{f}}, {:{f}}]".format(*found, f=form) if found else "-"
 
@@ -241,6 +250,15 @@ def tables(found):
              for method, rows in of.items()]
     yield markdown("Final accuracy by split, %", ["method", *splits], lines)
     far = {method: pick(rows, ood=True) for method, rows in of.items()}
+    by_seed = {method: {row["seed"]: 100 * mean(r["final"] for r in pick(rows, seed=row["seed"]))
+                        for row in rows} for method, rows in far.items()}
+    seeds = sorted(set.intersection(*map(set, by_seed.values())))
+    finals = {method: np.array([of_seed[s] for s in seeds]) for method, of_seed in by_seed.items()}
+    lines = [[method, *(f"{value:.1f}" for value in values),
+              brackets(t_interval(finals["vrrl"] - values)) if "vrrl" in finals else "-"]
+             for method, values in finals.items()]
+    yield markdown("Final, ood, by seed, %; VRRL minus it with a t interval over seeds [95 %]",
+                   ["method", *map(str, seeds), "VRRL minus it"], lines)
     keys = "final", "first", "repair_fixed"
     lines = [[method, *(brackets(seed_difference(far["vrrl"], rows, key)) for key in keys)]
              for method, rows in far.items() if method != "vrrl" and "vrrl" in far]
