@@ -183,13 +183,12 @@ class Task:
                     answers.insert(0, new)
                 if len(answers) > wanted:
                     break
-            turns, last = [], None
-            for answer in answers:
+            turns = []
+            for last, answer in zip([None, *answers], answers):
                 think = f"<THINK>{self.thought(example, last)}</THINK>" if turns else ""
                 text = f"{think}<ANSWER>{self.say(answer, last)}</ANSWER>"
                 turns.append((text, text if answer == answers[-1] else think))
-                last = answer
-            final = f"<FINAL>{'' if self.empty_final else self.say(last)}</FINAL>"
+            final = f"<FINAL>{'' if self.empty_final else self.say(answers[-1])}</FINAL>"
             found.append((example, [*turns, (final, final)]))
         return found
 
@@ -568,8 +567,8 @@ class Policy:
 
     def encode_pictures(self, pictures):
         """[(visual tokens (down * across, D), their DeepStack features), ...], one a picture."""
-        found = {id(p): p.features for p in pictures if p.features is not None}
-        todo = list({id(p): p for p in pictures if id(p) not in found}.values())
+        found = {p: p.features for p in pictures if p.features is not None}
+        todo = [p for p in dict.fromkeys(pictures) if p not in found]
         # At most 4096 visual tokens go through the vision tower at once.
         most = max(1, 4096 // max((math.prod(p.grid) for p in todo), default=1))
         mean, std = (torch.tensor(values, device=self.device)[:, None] for values in
@@ -585,9 +584,9 @@ class Policy:
             deep = [d.split(counts) if torch.is_tensor(d) else d
                     for d in getattr(out, "deepstack_features", None) or ()]
             for i, p in enumerate(part):
-                found[id(p)] = out.pooler_output[i], [d[i] for d in deep]
-                p.features = found[id(p)] if self.keep_features else None
-        return [found[id(p)] for p in pictures]
+                found[p] = out.pooler_output[i], [d[i] for d in deep]
+                p.features = found[p] if self.keep_features else None
+        return [found[p] for p in pictures]
 
     def extend(self, context, ids, new, pictures=()):
         """Let the model read `ids` (B, W) where `new` (B, W) is True, after what `context` holds,
@@ -1110,14 +1109,14 @@ def rl(policy, task, cfg, run, reference=None):
         for key in batch_of([*questions], cfg.rl.questions, step, cfg.seed):
             state = buffer.take(rng) if rng.random() >= cfg.rl.rho else None
             plan.append(state or (key, (), True))  # True: no THINK is forced
-        mine = share([*enumerate(plan)])  # of this worker
-        starts = [begin(policy, task, questions[key], n, spoken) for n, (key, spoken, _) in mine]
-        for start, (_, (*_, right)) in zip(starts, mine):
-            # The authors' release forces a THINK after a wrong state, so that it is not committed.
-            start.opened = policy.encode("<THINK>" * (cfg.buffer.force_think and not right))
+        starts = []
+        for n, (key, spoken, right) in share([*enumerate(plan)]):  # the part of this worker
+            starts.append(begin(policy, task, questions[key], n, spoken))
+            if cfg.buffer.force_think and not right:  # so it can't commit, as in their release
+                starts[-1].opened = policy.encode("<THINK>")
 
         # 2. G rollouts from each start, turn by turn.
-        luck = uniforms(policy, [f"{name} {n}" for n, _ in mine], group, cfg.rl.max_turns)
+        luck = uniforms(policy, [f"{name} {s.start}" for s in starts], group, cfg.rl.max_turns)
         episodes = play(policy, task, starts, group, cfg.rl.max_turns, luck, training=True)
 
         # 3. Rewards, the advantage of each rollout within its group, and prefix masking.
@@ -1150,9 +1149,7 @@ def rl(policy, task, cfg, run, reference=None):
         #    then falls to a tenth along a line.
         rate = cfg.rl.lr * min(step / 20, 1 - 0.9 * (step - 20) / max(1, cfg.rl.steps - 20))
         norm = optimizer.step(rate)
-        states = [buffer.state_of(task, e) for e in episodes]
-        by_start = gather([states[n : n + group] for n in range(0, len(states), group)])
-        for state in filter(None, itertools.chain(*by_start)):  # in an order free of WORKERS
+        for state in filter(None, gather([buffer.state_of(task, e) for e in episodes])):
             buffer.add(state)
         outcomes = gather([outcome(task, e) for e in episodes])
         sums = sum(gather([seen]), Counter())
@@ -1279,16 +1276,16 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
 WORKERS = int(os.environ.get("WORLD_SIZE") or 1)
 RANK = int(os.environ.get("RANK") or 0) * (WORKERS > 1)
 def share(items):
-    """This worker's part of a list."""
-    return items[RANK :: WORKERS]
+    """This worker's part of a list: a slice."""
+    return items[len(items) * RANK // WORKERS : len(items) * (RANK + 1) // WORKERS]
 
 def gather(items=()):
-    """The inverse of `share`: the whole list, from what the workers made of their shares. All of
+    """The inverse of `share`: the whole list, from what the workers made of their slices. All of
     them wait here; without items that is all it does."""
     parts = [items] * WORKERS
     if WORKERS > 1:
         dist.all_gather_object(parts, items)
-    return [part[n] for n in range(len(parts[0])) for part in parts if n < len(part)]
+    return [*itertools.chain(*parts)]
 
 class Run:
     """The folder of a run: settings.yaml, metrics.jsonl, checkpoints, and at the end the report. A

@@ -21,7 +21,7 @@ import data_prep
 import vrrl
 from data_prep import UserError, lock, write_file
 
-STRENGTHS = ((60, 60), (100, 60), (150, 60), (150, 150), (250, 300))
+STRENGTHS = ((150, 40), (200, 40), (450, 40), (450, 60), (450, 120))
 SFT_STEPS = "sft.first_steps", "sft.steps"  # what the two numbers of a strength are
 EARLY = 5  # RL steps in which the policy is still nearly the SFT model
 PROBES = "unmarked", "other_place", "other_picture", "blank", "hidden"
