@@ -15,7 +15,7 @@ The algorithm, with the default of each number beside its name (task `grounding`
         for each of rl.questions 32 questions:
             with probability rl.rho 0.6: start = the question
             otherwise (a roll-in):       start = the oldest state of D's right queue (probability
-                0.3) or of its wrong queue, with its own question; the question if that is empty
+                0.3) or of its wrong queue; if that queue is empty, the question
             sample rl.samples G = 8 rollouts at policy.temperature 0.5, each of at most
                 rl.max_turns 3 new turns; each answer but one at the limit gets a feedback picture
             R_i = 0 if malformed, else max(1 if right else 0, 0.1 + 0.9 r_i); a right one loses
@@ -25,13 +25,12 @@ The algorithm, with the default of each number beside its name (task `grounding`
         one Adam step (rl.lr 1e-4) on  - 1/(32 G) sum_i A_i sum of log pi over tokens in the loss
         D.append(each fresh rollout up to its first shown wrong answer; if none, its last shown one)
 
-Left out of the paper's GRPO: the standard deviation that divides A (here a setting), and the
+Left out of the paper's GRPO: the standard deviation that divides A (rl.std_norm=yes), and the
 clipped importance ratio (each batch is used once, so the ratio is 1). README.md lists the rest.
 
 Read it from top to bottom, in the order in which an episode lives: 1 settings, 2 tasks (what is
 right), 3 conversation (turns as token ids), 4 policy (the VLM), 5 rollouts, 6 reward, 7 buffer,
 8 loss, 9 SFT, 10 RL (the loop above), 11 evaluation with probes, 12 a run (workers, checkpoints).
-
 README.md says what a fork changes. `python vrrl.py --help` lists all settings.
 """
 import contextlib, dataclasses, datetime, difflib, functools, hashlib, inspect, itertools
@@ -133,10 +132,10 @@ class Task:
         parse(text, last=None)      answer, or None; last: the answer that this one revises
         exact(example, answer)      whether it is right
         progress(example, answer)   p in [0, 1], which the reflection reward credits
-        same(answer, other)         whether one repeats the other: a repetition earns nothing
         feedback(example, answer, mark=True)   PIL image; mark=False: without the answer (probes)
     and, for demonstrations, right(example, rng) and wrong(example, rng), an answer each, and
-    thought(example, answer), the words for what the feedback to a wrong answer shows."""
+    thought(example, answer), the words for what the feedback to a wrong answer shows. `check`,
+    `same` (a repetition earns nothing) and `say` may be written anew."""
     splits = ("id",)
     empty_final = False  # whether demonstrations commit with <FINAL></FINAL>
 
@@ -148,7 +147,7 @@ class Task:
             raise UserError(f"data={cfg.data} is a file: it needs task=points")
         name = data_prep.digest_of([plan, data_prep.digest(HERE / "data_prep.py")])
         self.cfg, self.folder = cfg, Path(cfg.data) / f"{cfg.task}-{name}"
-        self.splits = [name.removeprefix("test_") for name in plan if name.startswith("test_")]
+        self.splits = [key.removeprefix("test_") for key in plan if key.startswith("test_")]
         data_prep.make_folder(self.folder, cfg.task, plan, make)
 
     def examples(self, split):
@@ -197,8 +196,8 @@ class Points(Task):
     box [x0, y0, x1, y1] in pixels, and `within` (see `exact`).
 
     An answer is (x, y), whole numbers from 0 to points.scale along each side; with scale 0, pixels
-    as the model sees the picture. Feedback is a crop centred on the point. It shows in the same way
-    in every kind of picture whether the target lies there, and where else.
+    as the model sees the picture. Feedback is a crop centred on the point. Whatever the picture,
+    it shows alike whether the target is there, and where it is if not.
 
     With points.moves a revised answer is a move from the last point. Without it a small model looks
     the target up again in the first picture, and never adds what the crop shows."""
@@ -274,7 +273,7 @@ class Points(Task):
     def right(self, example, rng=None):
         """The point of the scale nearest to the target's centre. UserError if it is not right."""
         sides = zip(self.centre(example), example["size"], self.ends(example))
-        answer = tuple(math.ceil(c * end / side - 0.5) for c, side, end in sides)
+        answer = tuple(math.ceil(c * end / side - 0.5) for c, side, end in sides)  # halves go down
         if self.exact(example, answer):
             return answer
         raise UserError(f"{example['image']}: no point of the scale lies in the box "
@@ -472,7 +471,7 @@ class Episode:
         return ids, [t.picture for t in self.turns if t.picture is not None]
     @property
     def actions(self):
-        """(column in the ids of `rest`, number of the turn from 1) of each action token."""
+        """Action tokens may enter a loss. Of each: (column in the ids of `rest`, turn from 1)."""
         found, column = [], 0
         for number, turn in enumerate(self.turns, 1):
             found += [(column + i, number) for i, may in enumerate(turn.loss_tokens) if may]
@@ -569,7 +568,7 @@ class Policy:
         """[(visual tokens (down * across, D), their DeepStack features), ...], one a picture."""
         found = {p: p.features for p in pictures if p.features is not None}
         todo = [p for p in dict.fromkeys(pictures) if p not in found]
-        # At most 4096 visual tokens go through the vision tower at once.
+        # About 4096 visual tokens go through the vision tower at once.
         most = max(1, 4096 // max((math.prod(p.grid) for p in todo), default=1))
         mean, std = (torch.tensor(values, device=self.device)[:, None] for values in
                      (self.processor.image_mean, self.processor.image_std))
@@ -590,7 +589,8 @@ class Policy:
 
     def extend(self, context, ids, new, pictures=()):
         """Let the model read `ids` (B, W) where `new` (B, W) is True, after what `context` holds,
-        which grows. Returns the new columns' hidden states (B, W, D). pictures: row by row."""
+        which grows. Returns the hidden states (B, W, D). In a row of `new` True comes first, then
+        False. pictures: row by row."""
         (rows, width), past = ids.shape, context.valid.shape[1]
         context.valid = torch.cat([context.valid, new], 1)
         embeds, extra = self.model.get_input_embeddings()(ids), {CACHE: context.cache}
@@ -864,7 +864,7 @@ def play(policy, task, starts, samples, max_turns, luck=None, training=False):
         episodes += [dataclasses.replace(s, turns=[]) for s in part for _ in range(samples)]
         for number in range(max_turns):
             spoken = policy.sample(context, None if luck is None else luck[live, number])
-            shown = {}  # row: its new turn, where that has got feedback
+            shown = {}  # row: its new turn, if it got feedback
             for row, (ids, logps) in enumerate(spoken):
                 episode = episodes[live[row]]
                 turn = read_turn(policy, task, episode, ids, logps)
@@ -882,8 +882,7 @@ def play(policy, task, starts, samples, max_turns, luck=None, training=False):
 
 def uniforms(policy, names, samples, turns):
     """Numbers in [0, 1) that decide what is sampled: (len(names) * samples, turns, policy.max_new).
-    They depend on the names alone, such as "seed step number". So a rollout is the same however
-    many workers share the questions, and stopping a run and going on changes nothing."""
+    They depend on the names alone, such as "seed step number": not on workers, nor on stops."""
     size = (samples, turns, policy.cfg.policy.max_new)
     seeds = [int(hashlib.sha256(name.encode()).hexdigest()[:15], 16) for name in names]
     found = torch.cat([torch.empty(0, *size[1:]), *(torch.rand(
@@ -913,15 +912,16 @@ def reward(task, episode, cfg):
     p = [task.progress(episode.example, answer) for answer in episode.answers]
     gains = [after - before for before, after in itertools.pairwise(p)]
     r = min(1.0, max(0.0, sum(d if d >= 0 else cfg.worse * d for d in gains)))
-    reflection = 0.1 + 0.9 * r + cfg.bonus * r * right - cfg.cost * len(episode.all_turns)
-    return max(float(right), reflection) - cfg.revision * len(gains) * right
+    r_refl = 0.1 + 0.9 * r + cfg.bonus * r * right - cfg.cost * len(episode.all_turns)
+    return max(float(right), r_refl) - cfg.revision * len(gains) * right
 
 # ==================== 7. Buffer ===================================================================
 class Buffer:
     """States to start roll-ins from, in two queues: `wrong` ones, whose last answer is wrong, and
-    `right` ones (buffer.right_share 0.3), so that the policy practises stopping too. One queue for
-    both would fill up with right states as it gets better. First in, first out; a state is taken
-    once. It is (example id, ids of each turn, whether the last answer is right)."""
+    `right` ones, so that the policy practises stopping too: buffer.right_share 0.3 of the space and
+    of what is taken. One queue for both would fill up with right states as the policy gets better.
+    First in, first out: a state is taken once, or falls out of a full queue. A state is (example
+    id, ids of each turn, whether the last answer is right)."""
     def __init__(self, cfg):
         self.cfg, most = cfg, round(cfg.size * cfg.right_share)
         self.wrong, self.right = deque(maxlen=cfg.size - most), deque(maxlen=most)
@@ -933,7 +933,7 @@ class Buffer:
         committed = self.cfg.store == "committed"
         shown = [turn for turn in episode.turns if turn.picture is not None]  # the leading turns
         if episode.given or not shown or committed and episode.turns[-1].kind != "final":
-            return None  # nothing was shown; or a roll-in: states would grow out of states
+            return None  # nothing shown, or committed; or a roll-in: states would grow from states
         right = [task.exact(episode.example, turn.answer) for turn in shown]
         many = len(shown) if committed or all(right) else right.index(False) + 1
         return episode.example["id"], [turn.ids for turn in shown[:many]], right[many - 1]
@@ -952,23 +952,23 @@ class Buffer:
 # reward of the other G - 1 rollouts of the same start is such a baseline.
 #
 # Prefix masking weighs turn t of T new turns by t/T on average. T is the policy's doing: a commit
-# ends the episode. So the weight depends on later actions, b does not drop out, and early turns of
-# long episodes count less. This bias is the method's own. (Masks that do not depend on actions have
-# none.) Roll-ins need no mask: their given turns are not trained. All G rollouts share them, so the
-# baseline already accounts for how good or bad they are.
+# ends the episode. So the weight depends on this turn's and later actions, b does not drop out, and
+# early turns of long episodes count less. This bias is the method's own. Roll-ins need no mask:
+# their given turns are not trained. All G rollouts share them, so the baseline already accounts for
+# how good or bad they are.
 def turn_weights(episode, mask, rng):
     """The weight in the loss of every action token of an episode (paper: random turn masking).
     none: 1. random: turns k..T weigh 1, k ~ U{1..T}. expected: turn t weighs t/T, its average."""
     total = len(episode.turns)
     if mask == "expected" and not episode.given:
         return [t / total for _, t in episode.actions]
-    k = 1 if mask == "none" or episode.given else rng.randint(1, total)
+    k = 1 if episode.given else {"none": 1, "random": rng.randint(1, total)}[mask]
     return [float(t >= k) for _, t in episode.actions]
 
 def advantages(rewards, std_norm=False):
     """A_i = R_i - mean of the others of its group, = G/(G-1) (R_i - mean of all): (N, G) -> (N, G).
     std_norm: divided by the group's standard deviation too, as in GRPO."""
-    rewards, group = rewards.double(), rewards.shape[1]  # in fp32 equal rewards would differ
+    rewards, group = rewards.double(), rewards.shape[1]  # the fp32 mean of equals may differ
     centred = (rewards - rewards.mean(1, keepdim=True)) * group / (group - 1)
     return centred / (rewards.std(1, keepdim=True) + 1e-6) if std_norm else centred
 
@@ -1013,7 +1013,7 @@ class AdamW:
         """One update from the gradients of all workers, which are cleared. Returns their norm."""
         for weight in self.weights:  # zero where a worker had nothing to learn
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            if WORKERS > 1:
+            if WORKERS > 1:  # workers: see section 12
                 dist.all_reduce(weight.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0).item()
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
@@ -1067,7 +1067,7 @@ def sft(policy, task, cfg, run):
     singles = [(example, [(text, text)]) for (example, _), text in zip(traces, texts)]
     for stage, steps, data in (("first", cfg.sft.first_steps, singles),
                                ("sft", cfg.sft.steps, traces)):
-        made, optimizer = {}, AdamW(policy)  # `share`, `gather`: of workers, section 12
+        made, optimizer = {}, AdamW(policy)
         for step in run.steps(stage, steps, optimizer):
             mine = share(batch_of(range(len(data)), cfg.sft.batch, step, cfg.seed))
             for n in mine:
@@ -1159,7 +1159,7 @@ def rl(policy, task, cfg, run, reference=None):
                             for key in ("entropy", "kl", "off_policy")})
 
 def ratio(values):
-    """Their mean; None where there are none."""
+    """The mean of a list; None where it is empty."""
     return sum(values) / len(values) if values else None
 def averages(outcomes, figures):
     return {figure: ratio([e[figure] for e in outcomes]) for figure in figures.split()}
@@ -1190,14 +1190,13 @@ def health(outcomes):
             "commit_wrong": misses / shown.count(False) if False in shown else None}
 
 # ==================== 11. Evaluation ==============================================================
-# Greedy play. The last answer counts, committed or not; how often it is committed stands apart.
-def play_greedy(policy, task, failed, cfg, feedback=None, hidden=False):
+# Greedy play. The last answer counts, committed or not. The share of commits is another figure.
+def play_greedy(policy, task, cases, cfg, feedback=None, hidden=False):
     """Outcomes of greedy play: of whole episodes, [(example,), ...], or after given wrong first
-    turns, [(example, text), ...]. All models that are compared repair the same turns, those of the
-    SFT model. So none gains by failing first. feedback: what is shown after the given turn, see
-    `reply`; hidden: the question's picture is grey."""
+    turns, [(example, text), ...]. feedback: what is shown after the given turn, see `reply`;
+    hidden: the question's picture is grey."""
     starts = []
-    for example, *texts in share(failed):
+    for example, *texts in share(cases):
         grey = Image.new("RGB", task.image(example).size, "#808080") if hidden else None
         spoken = [[*policy.encode(text), policy.end_id] for text in texts]
         starts.append(begin(policy, task, example, 0, spoken, feedback, grey))
@@ -1207,7 +1206,7 @@ def play_greedy(policy, task, failed, cfg, feedback=None, hidden=False):
 def probes(task, failed):
     """{name: arguments of `play_greedy`}: false pictures after the given turn alone; later feedback
     is true. Where once_NAME (the next answer is right) is as high as once_fixed, the next answer
-    was not read from that picture.
+    did not need what is false in NAME.
 
     unmarked: no mark (a crop stays where it is). other_place: another question's wrong answer on
     this picture, or no mark. other_picture: the picture and the answer of another one. blank: plain
@@ -1249,7 +1248,8 @@ def rates(outcomes, most):
 
 def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
     """(rows, fixed, outcomes by split): `rates` of each split, with the repair of `fixed` wrong
-    first turns, {split: {example id: text}}, the same for all models; None: the policy's own."""
+    first turns, {split: {example id: text}}; None: the policy's own. All models that are compared
+    get those of the SFT model. So none gains by failing first."""
     rows, wrong, played = [], {}, {}
     for split in tqdm(task.splits, desc=title, unit="split", disable=RANK > 0):
         examples = task.examples(f"{cfg.eval.splits}_{split}")
@@ -1343,8 +1343,8 @@ class Run:
 
     def save(self, optimizer, buffer):
         """A checkpoint: trained weights, optimizer, buffer and the number of the step. That is all,
-        since randomness hangs on seed and step alone, and other weights are the model's. The digest
-        in its name tells of damage; for that case the last good one is kept too."""
+        since randomness depends on seed and step alone, and other weights are the model's. Its name
+        has a digest, which tells of damage: for that case the last good one is kept too."""
         for old in {*self.folder.glob(f"{self.stage}-*.safetensors")} - {self.good}:
             old.unlink()
         states = json.dumps([*buffer.wrong, *buffer.right] if buffer else []).encode()
@@ -1390,7 +1390,7 @@ class Run:
             file.unlink()
 
 def fingerprint(cfg):
-    """What a result hangs on beside the settings: the contents of program, model and data."""
+    """What a result depends on beside the settings: the contents of program, model and data."""
     name = source_of(cfg.model)
     if Path(name).is_dir():
         model = data_prep.digest(*sorted(f for f in Path(name).glob("*") if f.is_file()))
@@ -1423,7 +1423,7 @@ def weight_sum(policy):
     return sum(p.detach().cpu().double().sum().item() for p in policy.model.parameters())
 
 def train(cfg, words, task, run):
-    """SFT, RL, evaluation. The method's row decides which of them does anything."""
+    """SFT, RL, evaluation. A stage of 0 steps does nothing."""
     if (run.folder / "results.json").is_file():
         return print((run.folder / "report.md").read_text())
     # The model that all methods are compared with.
@@ -1477,7 +1477,7 @@ def main(words):
     source_of(cfg.model)  # what is wrong with it is said before any work
     if WORKERS > 1:  # started by `torchrun`. A worker that ends ends the others: `run_main`
         backend = "gloo" if device_of(cfg).type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # may await other SFT
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # SFT may be awaited
         sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
     name = f"{cfg.task}-{cfg.method}-seed{cfg.seed}"
     if cfg.mode == "eval":

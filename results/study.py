@@ -144,10 +144,10 @@ class Study:
         own = {method: dict(sorted(values - shared)) for method, values in settings.items()}
         return {"settings": dict(sorted(shared)), "methods": own, "cells": lines}
 
-    def rows(self, cell):
-        """The rows of results.json of the cell's method; that of the SFT model is beside it."""
+    def rows(self, cell, method=None):
+        """The rows of results.json of the cell's method; "sft": of the SFT model it began with."""
         found = json.loads((self.folder(cell) / "results.json").read_text())["rows"]
-        return [{**row, "seed": cell[2]} for row in found if row["method"] == cell[1]]
+        return [{**row, "seed": cell[2]} for row in found if row["method"] == (method or cell[1])]
 
     def log(self, cell):
         return list(map(json.loads, (self.folder(cell) / "metrics.jsonl").read_text().splitlines()))
@@ -170,10 +170,12 @@ class Study:
             if set(pair) <= set(cells):
                 early = self.log(pair[0])[:EARLY]
                 right, final = (mean(line[key] for line in early) for key in ("first", "final"))
-                rl, ours = (mean(x["final"] for x in pick(self.rows(c), ood=True)) for c in pair)
+                rows = self.rows(pair[0], "sft"), *map(self.rows, pair)
+                sft, rl, ours = (mean(x["final"] for x in pick(part, ood=True)) for part in rows)
                 entries.append({
-                    "strength": strength, "seed": seed, "right": right, "rl": rl, "vrrl": ours,
-                    "gap": ours - rl, "mended": (final - right) / max(1 - right, 1e-9)})
+                    "strength": strength, "seed": seed, "right": right, "sft": sft, "rl": rl,
+                    "vrrl": ours, "gap": ours - rl,
+                    "mended": (final - right) / max(1 - right, 1e-9)})
         return {"entries": entries}
 
 def mean(values):
@@ -289,7 +291,7 @@ def panels(found):
             ("commits of wrong answers by RL step, %", commits)]
 
 def when_tables(found):
-    keys, lines = ("right", "mended", "rl", "vrrl", "gap"), []
+    keys, lines = ("right", "mended", "sft", "rl", "vrrl", "gap"), []
     for pair in STRENGTHS:
         part = pick(found["entries"], strength=list(pair))
         lines.append([*pair, len(part), *(spread(part, key) for key in keys)])
