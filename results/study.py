@@ -23,9 +23,8 @@ from data_prep import UserError, lock, write_file
 
 STRENGTHS = ((150, 40), (200, 40), (450, 40), (450, 60), (450, 120))
 SFT_STEPS = "sft.first_steps", "sft.steps"  # what the two numbers of a strength are
-EARLY = 5  # RL steps in which the policy is still nearly the SFT model
+EARLY = 5  # RL steps: the policy is still nearly the SFT model
 PROBES = "unmarked", "other_place", "other_picture", "blank", "hidden"
-# Student's t, two-sided, by the number of seeds.
 T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
 LOGGED = "commit_wrong", "rollin_commit_wrong", "first", "final", "turns"
 
@@ -172,10 +171,9 @@ class Study:
                 right, final = (mean(line[key] for line in early) for key in ("first", "final"))
                 rows = self.rows(pair[0], "sft"), *map(self.rows, pair)
                 sft, rl, ours = (mean(x["final"] for x in pick(part, ood=True)) for part in rows)
-                entries.append({
-                    "strength": strength, "seed": seed, "right": right, "sft": sft, "rl": rl,
-                    "vrrl": ours, "gap": ours - rl,
-                    "mended": (final - right) / max(1 - right, 1e-9)})
+                mended = (final - right) / max(1 - right, 1e-9)
+                entries.append({"strength": strength, "seed": seed, "right": right, "sft": sft,
+                                "rl": rl, "vrrl": ours, "gap": ours - rl, "mended": mended})
         return {"entries": entries}
 
 def mean(values):
@@ -217,7 +215,7 @@ def seed_difference(new, old, key, against=None, samples=2000):
     return (found[0], *np.percentile(found[1:].compressed(), [2.5, 97.5]))
 
 def t_interval(gaps):
-    """(mean, low, high) of one number a seed; () for fewer than 2 seeds, or more than 10."""
+    """(mean, low, high) of one number a seed by Student's t; () if fewer than 2, or more than 10."""
     if len(gaps) not in T95:
         return ()
     half = T95[len(gaps)] * np.std(gaps, ddof=1) / len(gaps) ** 0.5
