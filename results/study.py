@@ -215,7 +215,7 @@ def seed_difference(new, old, key, against=None, samples=2000):
     return (found[0], *np.percentile(found[1:].compressed(), [2.5, 97.5]))
 
 def t_interval(gaps):
-    """(mean, low, high) of one number a seed by Student's t; () if fewer than 2, or more than 10."""
+    """(mean, low, high) of one number a seed, Student's t; () for fewer than 2 or more than 10."""
     if len(gaps) not in T95:
         return ()
     half = T95[len(gaps)] * np.std(gaps, ddof=1) / len(gaps) ** 0.5
