@@ -1112,7 +1112,7 @@ def rl(policy, task, cfg, run, reference=None):
         starts = []
         for n, (key, spoken, right) in share([*enumerate(plan)]):  # the part of this worker
             starts.append(begin(policy, task, questions[key], n, spoken))
-            if cfg.buffer.force_think and not right:  # so it can't commit, as in their release
+            if cfg.buffer.force_think and not right:  # no commit; as the authors' release
                 starts[-1].opened = policy.encode("<THINK>")
 
         # 2. G rollouts from each start, turn by turn.

@@ -23,7 +23,7 @@ from data_prep import UserError, lock, write_file
 
 STRENGTHS = ((150, 40), (200, 40), (450, 40), (450, 60), (450, 120))
 SFT_STEPS = "sft.first_steps", "sft.steps"  # what the two numbers of a strength are
-EARLY = 5  # RL steps: the policy is still nearly the SFT model
+EARLY = 5  # RL steps in which the policy is still nearly the SFT model
 PROBES = "unmarked", "other_place", "other_picture", "blank", "hidden"
 T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
 LOGGED = "commit_wrong", "rollin_commit_wrong", "first", "final", "turns"
@@ -252,13 +252,13 @@ def tables(found):
     far = {method: pick(rows, ood=True) for method, rows in of.items()}
     by_seed = {method: {row["seed"]: 100 * mean(r["final"] for r in pick(rows, seed=row["seed"]))
                         for row in rows} for method, rows in far.items()}
-    seeds = sorted(set.intersection(*map(set, by_seed.values())))
-    finals = {method: np.array([of_seed[s] for s in seeds]) for method, of_seed in by_seed.items()}
-    lines = [[method, *(f"{value:.1f}" for value in values),
-              brackets(t_interval(finals["vrrl"] - values)) if "vrrl" in finals else "-"]
-             for method, values in finals.items()]
-    yield markdown("Final, ood, by seed, %; VRRL minus it with a t interval over seeds [95 %]",
-                   ["method", *map(str, seeds), "VRRL minus it"], lines)
+    seeds, ours = sorted(set().union(*by_seed.values())), by_seed.get("vrrl", {})
+    lines = []
+    for method, values in by_seed.items():
+        gaps = [ours[seed] - values[seed] for seed in values if seed in ours]
+        lines.append([method, *(f"{values[s]:.1f}" if s in values else "-" for s in seeds),
+                      brackets(t_interval(gaps))])
+    yield markdown("Final by seed, ood, %", ["method", *map(str, seeds), "VRRL - it [t]"], lines)
     keys = "final", "first", "repair_fixed"
     lines = [[method, *(brackets(seed_difference(far["vrrl"], rows, key)) for key in keys)]
              for method, rows in far.items() if method != "vrrl" and "vrrl" in far]
