@@ -134,7 +134,7 @@ def starts_of(policy, fresh, rolled=0):
 def sampled(policy, fresh=5, rolled=2, samples=2, turns=3, **options):
     """Sampled episodes; the last `rolled` starts are roll-ins, the last one with a forced THINK."""
     starts = starts_of(policy, fresh, rolled)
-    starts[-1].opened = policy.encode("<THINK>" * (rolled > 0))
+    starts[-1].forced = policy.encode("<THINK>" * (rolled > 0))
     luck = vrrl.uniforms(policy, [str(n) for n in range(len(starts))], samples, turns)
     return vrrl.play(policy, made("grounding"), starts, samples, turns, luck, **options)
 
@@ -222,7 +222,7 @@ def test_an_rl_step_takes_the_gradient_of_the_methods_loss(tmp_path, monkeypatch
     monkeypatch.setattr(vrrl, "reward", lambda task, e, cfg: sum(e.rest[0]) % 7 / 10)
     monkeypatch.setattr(vrrl.AdamW, "step", lambda self, lr: taken.append(gradients(policy)) or 0.0)
     vrrl.rl(policy, made("grounding"), cfg, vrrl.Run(tmp_path, {}), reference)
-    assert sum(bool(e.opened and e.given) for e in played[1] + played[2]) > 3
+    assert sum(bool(e.forced and e.given) for e in played[1] + played[2]) > 3
     for episodes, found in zip(played, taken):
         loss = 0.0
         for e in episodes:
@@ -366,7 +366,7 @@ def test_a_state_starts_with_the_same_ids_and_pictures():
         state = json.loads(json.dumps(state))  # as a checkpoint keeps it
         start, cut = vrrl.begin(policy, task, questions[state[0]], 77, state[1]), len(state[1])
         ids, pictures = start.opening
-        assert ids == [*e.question_ids, *(i for t in e.turns[:cut] for i in (*t.ids, *t.feedback))]
+        assert ids == [*e.question_ids, *(i for t in e.turns[:cut] for i in (*t.ids, *t.reply))]
         before = [e.question_picture, *(t.picture for t in e.turns[:cut])]
         assert [p.image.tobytes() for p in pictures] == [p.image.tobytes() for p in before]
         assert (start.turns, start.start, start.answers) == ([], 77, e.answers[:cut])
@@ -908,7 +908,7 @@ def test_a_run_that_was_stopped_and_killed_ends_as_one_that_was_not(tmp_path):
     ("sft-*/evaluation-*.json", "{"), ("sft-*/model/config.json", "")])
 def test_a_damaged_file_of_a_run_is_named_in_one_line(fails, tmp_path, name, content):
     shutil.copytree(whole().parent, tmp_path / "x")
-    (tmp_path / "x" / "run" / "results.json").unlink()
+    (tmp_path / "x" / "run" / "results.json").rename(tmp_path / "x" / "run" / "rl-1-0.safetensors")
     file, = (tmp_path / "x").glob(name)
     file.write_text(content)
     line = fails(vrrl.main, words_of(tmp_path / "x" / "run"))
@@ -926,6 +926,7 @@ def test_a_setting_that_is_younger_than_a_run_counts_as_its_default(tmp_path, fa
 def test_a_model_that_has_had_its_sft_goes_straight_to_rl(tmp_path):
     own = f"model={next(whole().parent.glob('sft-*')) / 'model'}"
     words = "sft.steps=0", "sft.first_steps=0", "method=sft", "rl.questions=16", "rl.steps=1"
+    vrrl.Run(tmp_path / "run", {"seed": 5}).lock.close()  # it has trained nothing: no refusal
     vrrl.main(words_of(tmp_path / "run", own, *words))
     assert {row["method"] for row in rows_of(tmp_path / "run")} == {"sft", "sft + RL"}
 

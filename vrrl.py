@@ -2,14 +2,14 @@
 
 The idea (Tang, Yin, Durrett, arXiv 2607.02490). A vision-language model (VLM) answers a question
 about a picture, is shown what its answer does in the picture, and then commits or corrects. Plain
-RL makes it right at once and lets it forget how to correct, since a correction earns no more than a
-right first answer. Corrections never come to use the picture, and they fail where pictures are new.
-VRRL makes the policy practise them: prefix masking (random turn masking, RTM) trains later turns,
-and buffered roll-ins start from past answers, mostly wrong ones, to be corrected or committed.
+RL makes first answers better and lets the policy forget how to correct, since a correction earns no
+more than a right first answer. Where pictures are new, first answers fail, and nothing mends them.
+VRRL makes the policy practise corrections: prefix masking (random turn masking, RTM) trains later
+turns, and buffered roll-ins start from past answers: wrong ones to correct, right ones to commit.
 
 The algorithm, with the default of each number beside its name (task `grounding`):
 
-    policy pi: a VLM after SFT: first answers (sft.first_steps 450), demonstrations (sft.steps 40)
+    policy pi: a VLM after SFT: sft.first_steps 450 on first answers, sft.steps 40 on demonstrations
     D: two queues of states, wrong and right ones     (buffer.size 4000, buffer.right_share 0.3)
     repeat rl.steps 400 times:
         for each of rl.questions 32 questions:
@@ -25,8 +25,8 @@ The algorithm, with the default of each number beside its name (task `grounding`
         one Adam step (rl.lr 1e-4) on  - 1/(32 G) sum_i A_i sum of log pi over tokens in the loss
         D.append(each fresh rollout up to its first shown wrong answer; if none, its last shown one)
 
-Left out of the paper's GRPO: the standard deviation that divides A (rl.std_norm=yes), and the
-clipped importance ratio (each batch is used once, so the ratio is 1). README.md lists the rest.
+The paper's GRPO also divides A by the group's standard deviation (here with rl.std_norm=yes), and
+clips the importance ratio (here 1: each batch is used once). README.md lists what else differs.
 
 Read it from top to bottom, in the order in which an episode lives: 1 settings, 2 tasks (what is
 right), 3 conversation (turns as token ids), 4 policy (the VLM), 5 rollouts, 6 reward, 7 buffer,
@@ -76,7 +76,7 @@ def read_config(words=()):
         for key, value in (flat | given).items():
             if key not in table:
                 near = [known for known in table if known.endswith("." + key)]
-                near = difflib.get_close_matches(key, table, 1) or near or ["see --help"]
+                near += [*difflib.get_close_matches(key, table, 1), "see --help"]
                 raise UserError(f"unknown setting '{key}'; nearest: {near[0]}")
             flat[key] = check_value(key, value, *table[key][:2])
             section, _, name = key.rpartition(".")
@@ -140,9 +140,9 @@ class Task:
     empty_final = False  # whether demonstrations commit with <FINAL></FINAL>
 
     def __init__(self, cfg, plan, make):
-        """Make the data, once. plan: for "train", and for "test_X" and "dev_X" of each split X, a
-        list of tuples such as (7, "snow"). "id" is first, other splits are out of distribution.
-        make(rng, 7, "snow") gives (record, PIL image); with id, image and size: an example."""
+        """Make the data, once. plan: a list for "train", and for "test_X" and "dev_X" of each split
+        X. Its item (7, "snow") is one picture: make(rng, 7, "snow") gives (record, PIL image). The
+        record with id, image and size is an example. "id" is first, others out of distribution."""
         if Path(cfg.data).is_file():
             raise UserError(f"data={cfg.data} is a file: it needs task=points")
         name = data_prep.digest_of([plan, data_prep.digest(HERE / "data_prep.py")])
@@ -165,9 +165,9 @@ class Task:
     def demonstrations(self):
         """SFT traces: a list of (example, turns). A turn is (text, taught), `taught` being the
         leading part of the text that enters the loss. Wrong answers are context, never taught.
-        Left: what is said where the target is at 1 1. Right: how much of it is taught.
+        In this one the target is at 1 1; the second column says what is taught.
             <ANSWER>2 3</ANSWER>                                nothing
-            <THINK>left 1 up 2</THINK><ANSWER>up 1</ANSWER>     the THINK alone: 2 2 is wrong too
+            <THINK>left 1 up 2</THINK><ANSWER>up 1</ANSWER>     the THINK (2 2 is wrong too)
             <THINK>left 1 up 1</THINK><ANSWER>left 1 up 1</ANSWER>      all
             <FINAL></FINAL>                                             all
         A share sft.multi_share 0.5 has 1 to 4 wrong answers; the others are right at once."""
@@ -196,11 +196,11 @@ class Points(Task):
     box [x0, y0, x1, y1] in pixels, and `within` (see `exact`).
 
     An answer is (x, y), whole numbers from 0 to points.scale along each side; with scale 0, pixels
-    as the model sees the picture. Feedback is a crop centred on the point. Whatever the picture,
-    it shows alike whether the target is there, and where it is if not.
+    as the model sees the picture. Feedback is a crop centred on the point, at the picture's own
+    scale: a target to the left of the point looks the same in a table and in a chart.
 
-    With points.moves a revised answer is a move from the last point. Without it a small model looks
-    the target up again in the first picture, and never adds what the crop shows."""
+    With points.moves a revised answer is a move from the last point. Without it a small model
+    searches the first picture again, and does not use what the crop shows."""
     empty_final = True  # a small model miscopies coordinates: RL would only learn to copy
 
     check = staticmethod(data_prep.check_figure)
@@ -415,7 +415,7 @@ def size_seen(size, processor):
 class Picture:
     """An image as the vision tower takes it. grid: visual tokens (down, across). patches: uint8
     (down * across * merge^2, 3, patch^2) in the library's order, which goes merge block by merge
-    block. features: what a frozen vision tower of a small model made of it: it is encoded once."""
+    block. features: what a frozen vision tower made of it, kept so that it is encoded once."""
     def __init__(self, image, processor):
         patch, merge = processor.patch_size, processor.merge_size
         size = size_seen(image.size, processor)
@@ -436,7 +436,7 @@ class Turn:
     thought: str | None = None
     answer: object = None
     text: str = ""
-    feedback: list = ()  # ids of the user's reply; it and the picture are empty at the end
+    reply: list = ()  # ids of what the user says next; without feedback it and picture are empty
     picture: Picture | None = None
 
 @dataclasses.dataclass
@@ -448,10 +448,10 @@ class Episode:
     start: int = 0  # the number of its start; episodes of the same start share their opening
     given: list = dataclasses.field(default_factory=list)
     turns: list = dataclasses.field(default_factory=list)
-    opened: list = ()  # ids that begin the first new turn and were not sampled
+    forced: list = ()  # ids that open the first new turn and were not sampled
     reward: float = 0.0
     advantage: float = 0.0
-    weights: list = ()  # in the loss, of each action token
+    weights: list = ()  # of each action token, in the loss
 
     @property
     def all_turns(self):
@@ -462,12 +462,12 @@ class Episode:
     @property
     def opening(self):
         """(ids, pictures) up to the first new token."""
-        ids = [*self.question_ids, *(i for t in self.given for i in (*t.ids, *t.feedback))]
-        return [*ids, *self.opened], [self.question_picture, *(t.picture for t in self.given)]
+        ids = [*self.question_ids, *(i for t in self.given for i in (*t.ids, *t.reply))]
+        return [*ids, *self.forced], [self.question_picture, *(t.picture for t in self.given)]
     @property
     def rest(self):
         """(ids, pictures) of the new turns and of the feedback to them."""
-        ids = [i for t in self.turns for i in (*t.ids, *t.feedback)]
+        ids = [i for t in self.turns for i in (*t.ids, *t.reply)]
         return ids, [t.picture for t in self.turns if t.picture is not None]
     @property
     def actions(self):
@@ -475,14 +475,14 @@ class Episode:
         found, column = [], 0
         for number, turn in enumerate(self.turns, 1):
             found += [(column + i, number) for i, may in enumerate(turn.loss_tokens) if may]
-            column += len(turn.ids) + len(turn.feedback)
+            column += len(turn.ids) + len(turn.reply)
         return found
 
 # ==================== 4. Policy ===================================================================
 MARK = "\ue000"  # stands for the policy's words in a chat template; a character that no text has
-# What the library calls the cache of keys and values changed with version 5.24.
+# Version 5.24 of the library renamed the argument that takes the cache of keys and values.
 CACHE = "cache" if "cache" in inspect.signature(TextModel.forward).parameters else "past_key_values"
-# Computes a part again in the backward pass, instead of keeping what it made.
+# `recompute` computes a part again in the backward pass, instead of keeping what it made.
 recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 class Context:
@@ -523,7 +523,7 @@ class Policy:
     def __init__(self, model, tokenizer, processor, cfg):
         self.model, self.tokenizer, self.processor, self.cfg = model, tokenizer, processor, cfg
         self.device, self.image_id = next(model.parameters()).device, model.config.image_token_id
-        self.prompt = functools.cache(self.prompt)
+        self.prompt = functools.cache(self.prompt)  # few texts, many calls
         for name in "policy.system points.question points.reply nav.question nav.reply".split():
             check_text(tokenizer, name, operator.attrgetter(name)(cfg))
         self.end_id = self.prompt("", "")[1]
@@ -826,8 +826,8 @@ def begin(policy, task, example, start=0, spoken=(), feedback=None, image=None):
 
 def read_turn(policy, task, episode, ids, logps=()):
     """The next Turn, from its ids. Bad if it was cut off at policy.max_new."""
-    opened = () if episode.turns else episode.opened
-    text = policy.tokenizer.decode([i for i in (*opened, *ids) if i != policy.end_id])
+    forced = () if episode.turns else episode.forced
+    text = policy.tokenizer.decode([i for i in (*forced, *ids) if i != policy.end_id])
     last = episode.answers[-1] if episode.answers else None
     parsed = parse_turn(task, text, last) if ids[-1] == policy.end_id else ("bad", None, None)
     return Turn(ids, [True] * len(ids), logps, *parsed, text)
@@ -837,7 +837,7 @@ def reply(policy, task, episode, turn, feedback=None):
     show, the task's own by default; the probes show others."""
     image = (feedback or task.feedback)(episode.example, turn.answer)
     turn.picture = Picture(image, policy.processor)
-    turn.feedback = policy.place(policy.prompt(*task.question(episode.example))[2], turn.picture)
+    turn.reply = policy.place(policy.prompt(*task.question(episode.example))[2], turn.picture)
 
 def well_formed(task, turns, unfinished=False):
     """Turn 1 is an ANSWER without THINK; each revision has a THINK; no ANSWER repeats another; one
@@ -877,7 +877,7 @@ def play(policy, task, starts, samples, max_turns, luck=None, training=False):
                 break
             live = [live[row] for row in shown]  # episodes that have ended leave the batch
             context.take([*shown])
-            policy.read(context, [(turn.feedback, [turn.picture]) for turn in shown.values()])
+            policy.read(context, [(turn.reply, [turn.picture]) for turn in shown.values()])
     return episodes
 
 def uniforms(policy, names, samples, turns):
@@ -902,8 +902,8 @@ def reward(task, episode, cfg):
     grounding: worse 1, bonus 0, cost 0, so that r = clip(last p - first p); navigation: worse 0.5,
     bonus 0.2, cost 0.05; both: revision 0.05. Plain RL (reflection no) has R = R_answer.
 
-    `late` is not in the paper; its release takes off 0.01. Without it a wrong answer that is surely
-    mended earns what a right one earns, and a policy may come to say a wrong place on purpose."""
+    `late` is not in the paper (release: 0.01). Without it an error that is surely mended is free,
+    and a policy may err on purpose. In navigation `bonus` makes up for it where p_1 is 0."""
     if not well_formed(task, episode.all_turns):
         return 0.0
     right = task.exact(episode.example, episode.answers[-1])
@@ -933,7 +933,7 @@ class Buffer:
         committed = self.cfg.store == "committed"
         shown = [turn for turn in episode.turns if turn.picture is not None]  # the leading turns
         if episode.given or not shown or committed and episode.turns[-1].kind != "final":
-            return None  # nothing shown, or committed; or a roll-in: states would grow from states
+            return None  # of a roll-in too, or states would grow from states
         right = [task.exact(episode.example, turn.answer) for turn in shown]
         many = len(shown) if committed or all(right) else right.index(False) + 1
         return episode.example["id"], [turn.ids for turn in shown[:many]], right[many - 1]
@@ -951,11 +951,10 @@ class Buffer:
 # depend on the actions drops out, since E[grad log pi] = 0, and lowers the variance. The mean
 # reward of the other G - 1 rollouts of the same start is such a baseline.
 #
-# Prefix masking weighs turn t of T new turns by t/T on average. T is the policy's doing: a commit
+# Prefix masking weighs turn t of T new turns by t/T on average. The policy decides T: a commit
 # ends the episode. So the weight depends on this turn's and later actions, b does not drop out, and
 # early turns of long episodes count less. This bias is the method's own. Roll-ins need no mask:
-# their given turns are not trained. All G rollouts share them, so the baseline already accounts for
-# how good or bad they are.
+# their given turns are not trained. All G rollouts share them, so the baseline accounts for them.
 def turn_weights(episode, mask, rng):
     """The weight in the loss of every action token of an episode (paper: random turn masking).
     none: 1. random: turns k..T weigh 1, k ~ U{1..T}. expected: turn t weighs t/T, its average."""
@@ -1053,8 +1052,8 @@ def demonstration(policy, task, example, turns, start):
     return episode
 
 def sft(policy, task, cfg, run):
-    """Supervised fine-tuning, twice: `first` teaches first answers alone, `sft` demonstrations.
-    The loss: the mean negative log-prob of the taught tokens, at the sampling temperature."""
+    """Supervised fine-tuning, twice: `first` teaches first answers to all training pictures, `sft`
+    make.traces 128 demonstrations. The loss: mean -log pi(taught token), at policy.temperature."""
     traces = task.demonstrations()
     # Words that the tokenizer lacks would all look the same.
     texts = {text for example, turns in traces
@@ -1062,9 +1061,9 @@ def sft(policy, task, cfg, run):
     words = {word for text in texts for word in TAG.sub(" ", text).split()}
     if lost := sorted(w for w in words if policy.tokenizer.unk_token_id in policy.encode(w)):
         raise UserError(f"words that the model's tokenizer does not have: {' '.join(lost[:20])}")
-    rng = random.Random("first answers")
-    texts = [f"<ANSWER>{task.say(task.right(example, rng))}</ANSWER>" for example, _ in traces]
-    singles = [(example, [(text, text)]) for (example, _), text in zip(traces, texts)]
+    rng, examples = random.Random("first answers"), task.examples("train")
+    right = [f"<ANSWER>{task.say(task.right(example, rng))}</ANSWER>" for example in examples]
+    singles = [(example, [(text, text)]) for example, text in zip(examples, right)]
     for stage, steps, data in (("first", cfg.sft.first_steps, singles),
                                ("sft", cfg.sft.steps, traces)):
         made, optimizer = {}, AdamW(policy)
@@ -1104,19 +1103,19 @@ def rl(policy, task, cfg, run, reference=None):
     group, rollouts = cfg.rl.samples, cfg.rl.questions * cfg.rl.samples
     for step in run.steps("rl", cfg.rl.steps, optimizer, buffer):
         # 1. Starts: a question, or a state in which the policy had to commit or correct.
-        name, plan = f"{cfg.seed} {step}", []
-        rng = random.Random(name)
+        seed, plan = f"{cfg.seed} {step}", []
+        rng = random.Random(seed)
         for key in batch_of([*questions], cfg.rl.questions, step, cfg.seed):
             state = buffer.take(rng) if rng.random() >= cfg.rl.rho else None
-            plan.append(state or (key, (), True))  # True: no THINK is forced
+            plan.append(state or (key, (), None))
         starts = []
         for n, (key, spoken, right) in share([*enumerate(plan)]):  # the part of this worker
             starts.append(begin(policy, task, questions[key], n, spoken))
-            if cfg.buffer.force_think and not right:  # no commit; as the authors' release
-                starts[-1].opened = policy.encode("<THINK>")
+            if cfg.buffer.force_think and right is False:  # it cannot commit (authors' release)
+                starts[-1].forced = policy.encode("<THINK>")
 
         # 2. G rollouts from each start, turn by turn.
-        luck = uniforms(policy, [f"{name} {s.start}" for s in starts], group, cfg.rl.max_turns)
+        luck = uniforms(policy, [f"{seed} {s.start}" for s in starts], group, cfg.rl.max_turns)
         episodes = play(policy, task, starts, group, cfg.rl.max_turns, luck, training=True)
 
         # 3. Rewards, the advantage of each rollout within its group, and prefix masking.
@@ -1124,7 +1123,7 @@ def rl(policy, task, cfg, run, reference=None):
         advantage = advantages(torch.tensor(paid).view(len(starts), group), cfg.rl.std_norm)
         for n, (e, a) in enumerate(zip(episodes, advantage.flatten().tolist())):
             e.reward, e.advantage = paid[n], a
-            e.weights = turn_weights(e, cfg.rl.mask, random.Random(f"{name} {e.start} {n % group}"))
+            e.weights = turn_weights(e, cfg.rl.mask, random.Random(f"{seed} {e.start} {n % group}"))
 
         # 4. The gradient, a micro-batch at a time. Where A is 0, as in groups of equal rewards, a
         #    rollout is left out, of the KL term too (as in the paper).
@@ -1204,13 +1203,13 @@ def play_greedy(policy, task, cases, cfg, feedback=None, hidden=False):
     return gather([outcome(task, e) for e in episodes])
 
 def probes(task, failed):
-    """{name: arguments of `play_greedy`}: false pictures after the given turn alone; later feedback
-    is true. Where once_NAME (the next answer is right) is as high as once_fixed, the next answer
-    did not need what is false in NAME.
+    """{name: arguments of `play_greedy`}. The feedback to the given turn is false, later feedback
+    true. once_NAME is the share whose next answer is right. Where it is as high as once_fixed, that
+    answer did not need what NAME takes away.
 
-    unmarked: no mark (a crop stays where it is). other_place: another question's wrong answer on
-    this picture, or no mark. other_picture: the picture and the answer of another one. blank: plain
-    grey. hidden: the true feedback, but the question's picture is grey."""
+    unmarked: the true picture without a mark. other_place: another question's wrong answer on this
+    picture; unmarked if there is none. other_picture: the feedback of another question. blank:
+    plain grey. hidden: the true feedback, but the question's picture is grey."""
     known = [(example, parse_turn(task, text)[2]) for example, text in failed]
     others = {e["id"]: [*known[n + 1 :], *known[: n + 1]] for n, (e, _) in enumerate(known)}
 
@@ -1271,17 +1270,17 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
 
 # ==================== 12. A run ===================================================================
 # Workers are processes that hold the same model and a share of the questions each; `torchrun`
-# starts them. `share` and `gather` are all that training knows of them, and that AdamW sums their
-# gradients. Worker 0 alone prints and writes.
+# starts them. They meet in `share`, in `gather`, and where AdamW sums their gradients. Worker 0
+# alone prints and writes. Another number of workers is another run: sums round otherwise.
 WORKERS = int(os.environ.get("WORLD_SIZE") or 1)
-RANK = int(os.environ.get("RANK") or 0) * (WORKERS > 1)
+RANK = int(os.environ.get("RANK") or 0) if WORKERS > 1 else 0
 def share(items):
     """This worker's part of a list: a slice."""
     return items[len(items) * RANK // WORKERS : len(items) * (RANK + 1) // WORKERS]
 
 def gather(items=()):
-    """The inverse of `share`: the whole list, from what the workers made of their slices. All of
-    them wait here; without items that is all it does."""
+    """The inverse of `share`: the whole list, from what the workers made of their slices. It waits
+    for all of them; without items it does nothing else."""
     parts = [items] * WORKERS
     if WORKERS > 1:
         dist.all_gather_object(parts, items)
@@ -1291,13 +1290,14 @@ class Run:
     """The folder of a run: settings.yaml, metrics.jsonl, checkpoints, and at the end the report. A
     run that was stopped goes on with the same command, to the same bytes."""
     def __init__(self, folder, flat, wait=False):
-        """Lock the folder. UserError if it holds a run of other settings, program, model or data.
-        A setting that the run's file lacks, a newer one, counts as its default."""
+        """Lock the folder. UserError if it holds checkpoints or results of other settings, program,
+        model or data. A setting that the run's file lacks, a newer one, counts as its default."""
         self.folder, self.began, self.stopping = Path(folder), time.time(), False
         self.metrics, file = self.folder / "metrics.jsonl", self.folder / "settings.yaml"
         if RANK == 0:
             self.lock = data_prep.lock(self.folder, wait)
-            before = read_config()[1] | (read_yaml(file) if file.is_file() else flat)
+            made = [*self.folder.glob("*.safetensors"), *self.folder.glob("results.json")]
+            before = read_config()[1] | (read_yaml(file) if made else flat)
             for key, value in flat.items():
                 if before.get(key) != value and key not in ("run", "data", "mode"):
                     raise UserError(f"{self.folder} holds a run with {key}={before.get(key)}, now "
@@ -1315,8 +1315,8 @@ class Run:
                 out.write(json.dumps({"stage": self.stage, "step": self.step, **figures}) + "\n")
 
     def steps(self, stage, count, optimizer, buffer=None):
-        """1 .. count under a progress bar. Goes on from the last checkpoint of this stage, and
-        writes one every 20 seconds, or as seldom as keeps writing below a twentieth of the time."""
+        """1 .. count under a progress bar, from the stage's last checkpoint. Writes one every 20
+        seconds, or less often: writing takes at most a twentieth of the time."""
         self.stage = stage
         done, saved, cost = self.load(optimizer, buffer), time.time(), 0.0
         handle_signals(self.stop_soon)
@@ -1342,9 +1342,9 @@ class Run:
         self.stopping = True
 
     def save(self, optimizer, buffer):
-        """A checkpoint: trained weights, optimizer, buffer and the number of the step. That is all,
-        since randomness depends on seed and step alone, and other weights are the model's. Its name
-        has a digest, which tells of damage: for that case the last good one is kept too."""
+        """A checkpoint: trained weights, optimizer, buffer, number of the step. That is enough:
+        randomness depends on seed and step alone, and frozen weights are in the model's folder. Its
+        name has a digest, which tells of damage; then the one before it, kept for that, is used."""
         for old in {*self.folder.glob(f"{self.stage}-*.safetensors")} - {self.good}:
             old.unlink()
         states = json.dumps([*buffer.wrong, *buffer.right] if buffer else []).encode()

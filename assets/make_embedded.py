@@ -184,7 +184,7 @@ def lesson(policy, talk, number):
         turn = vrrl.Turn(ids, [True] * len(ids))
         if n < len(talk):
             turn.picture = pictures[n]
-            turn.feedback = policy.place(policy.prompt("", talk[n][1])[2], turn.picture)
+            turn.reply = policy.place(policy.prompt("", talk[n][1])[2], turn.picture)
         episode.turns.append(turn)
     return episode
 
