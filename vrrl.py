@@ -1055,15 +1055,15 @@ def sft(policy, task, cfg, run):
     """Supervised fine-tuning, twice: `first` teaches first answers to all training pictures, `sft`
     make.traces 128 demonstrations. The loss: mean -log pi(taught token), at policy.temperature."""
     traces = task.demonstrations()
+    rng, examples = random.Random("first answers"), task.examples("train")
+    right = [f"<ANSWER>{task.say(task.right(example, rng))}</ANSWER>" for example in examples]
+    singles = [(example, [(text, text)]) for example, text in zip(examples, right)]
     # Words that the tokenizer lacks would all look the same.
-    texts = {text for example, turns in traces
+    texts = {text for example, turns in (*traces, *singles)
              for text in (*task.question(example), *(said for said, _ in turns))}
     words = {word for text in texts for word in TAG.sub(" ", text).split()}
     if lost := sorted(w for w in words if policy.tokenizer.unk_token_id in policy.encode(w)):
         raise UserError(f"words that the model's tokenizer does not have: {' '.join(lost[:20])}")
-    rng, examples = random.Random("first answers"), task.examples("train")
-    right = [f"<ANSWER>{task.say(task.right(example, rng))}</ANSWER>" for example in examples]
-    singles = [(example, [(text, text)]) for example, text in zip(examples, right)]
     for stage, steps, data in (("first", cfg.sft.first_steps, singles),
                                ("sft", cfg.sft.steps, traces)):
         made, optimizer = {}, AdamW(policy)
