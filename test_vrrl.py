@@ -903,9 +903,8 @@ def test_a_run_that_was_stopped_and_killed_ends_as_one_that_was_not(tmp_path):
     for name in ("metrics.jsonl", "report.md", "model/model.safetensors"):
         assert (folder / name).read_bytes() == (whole() / name).read_bytes(), name
 
-@pytest.mark.parametrize("name, content", [
-    ("run/settings.yaml", "a: ["), ("sft-*/settings.yaml", "5"),
-    ("sft-*/evaluation-*.json", "{"), ("sft-*/model/config.json", "")])
+@pytest.mark.parametrize("name, content", [("run/settings.yaml", "a: ["), (
+    "sft-*/settings.yaml", "5"), ("sft-*/evaluation-*.json", "{"), ("sft-*/model/config.json", "")])
 def test_a_damaged_file_of_a_run_is_named_in_one_line(fails, tmp_path, name, content):
     shutil.copytree(whole().parent, tmp_path / "x")
     (tmp_path / "x" / "run" / "results.json").rename(tmp_path / "x" / "run" / "rl-1-0.safetensors")
