@@ -1052,7 +1052,7 @@ def demonstration(policy, task, example, turns, start):
     return episode
 
 def sft(policy, task, cfg, run):
-    """Supervised fine-tuning, twice: `first` teaches first answers to all training pictures, `sft`
+    """Supervised fine-tuning, twice: `first` teaches first answers on all training pictures, `sft`
     make.traces 128 demonstrations. The loss: mean -log pi(taught token), at policy.temperature."""
     traces = task.demonstrations()
     rng, examples = random.Random("first answers"), task.examples("train")
