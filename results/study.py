@@ -2,12 +2,12 @@
 
     python results/study.py [seeds=5] [methods="sft rl vrrl"] [task=grounding] [key=value ...]
     python results/study.py when [seeds=3] [key=value ...]      when VRRL helps: strengths of SFT
-    python results/study.py [when] tables [task=grounding]      shows them again, from the JSON
+    python results/study.py [when] tables [task=..] [name=..]   shows them again, from the JSON
 
 The first runs every method with every seed and writes study_TASK.json beside this file. The second
 runs plain RL and VRRL after SFT of each of STRENGTHS and writes when_TASK.json. Other words are
-settings of all runs; a method's own win over them. What is done is not done again: the same command
-goes on where it was stopped, and one in a second terminal shares the work.
+settings of all runs; a method's own win over them. name=X stands in the names of files: a study of
+other settings needs one. The same command goes on where it was stopped; a second shares the work.
 """
 import contextlib, gc, json, sys, tempfile, time
 from itertools import product
@@ -23,6 +23,7 @@ from data_prep import UserError, lock, write_file
 
 STRENGTHS = ((150, 40), (200, 40), (450, 40), (450, 60), (450, 120))
 SFT_STEPS = "sft.first_steps", "sft.steps"  # what the two numbers of a strength are
+OPTIONS = "seeds=", "methods=", "name="
 EARLY = 5  # RL steps in which the policy is still nearly the SFT model
 PROBES = "unmarked", "other_place", "other_picture", "blank", "hidden"
 T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
@@ -33,7 +34,7 @@ class Study:
 
     def __init__(self, words):
         self.when = "when" in words
-        options = dict(w.split("=", 1) for w in words if w.startswith(("seeds=", "methods=")))
+        options = dict(w.split("=", 1) for w in words if w.startswith(OPTIONS))
         self.words = [w for w in words
                       if w not in ("when", "tables") and w.partition("=")[0] not in options]
         cfg, _ = vrrl.read_config(self.words)
@@ -59,7 +60,8 @@ class Study:
         cells = product(self.strengths, dict.fromkeys(methods), range(int(count)))
         # Cells that share an SFT model stand far apart: the second would wait for the first.
         self.cells = sorted(cells, key=lambda c: (c[1] != "sft", self.when and c[1], c[2]))
-        name = cfg.task + ("" if cfg.profile == "default" else f"-{cfg.profile}")
+        parts = cfg.profile * (cfg.profile != "default"), options.get("name")
+        name = "-".join([cfg.task, *filter(None, parts)])
         self.runs = Path("runs") / f"{'when' if self.when else 'study'}-{name}"
         self.file = RESULTS / f"{'when' if self.when else 'study'}_{name}.json"
 
@@ -324,9 +326,8 @@ def main(words):
     data_prep.line_charts(study.file.with_suffix(".png"), charts, columns=2)
     print(*(when_tables(found) if study.when else tables(found)), sep="\n")
     cells = found["about"]["cells"]
-    devices, programs = ({cell[key] for cell in cells} for key in ("device", "program"))
-    print(f"{len(cells)} runs, {sum(cell['seconds'] for cell in cells) / 3600:.1f} hours on "
-          f"{', '.join(devices)}; versions of the program: {len(programs)}")
+    print(f"{len(cells)} runs, {sum(cell['seconds'] for cell in cells) / 3600:.1f} hours; "
+          f"versions of the program: {len({cell['program'] for cell in cells})}")
 
 if __name__ == "__main__":
     vrrl.run_main(main, sys.argv[1:])
