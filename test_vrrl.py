@@ -1267,8 +1267,8 @@ def test_help_exits_0_and_names_every_setting_and_a_mistake_exits_2(capsys):
     assert (said.returncode, said.stderr) == (0, b"")
 
 # ==================== The repository ==============================================================
-LINES = {"vrrl.py": 1526, "data_prep.py": 900, "assets/make_embedded.py": 250, "config.yaml": 166,
-         "results/study.py": 332, "results/gpu.py": 100, "test_vrrl.py": 1300, "README.md": 200}
+LINES = {"vrrl.py": 1525, "data_prep.py": 900, "assets/make_embedded.py": 250, "config.yaml": 166,
+         "results/study.py": 333, "results/gpu.py": 100, "test_vrrl.py": 1300, "README.md": 200}
 PACKAGES = "numpy torch transformers tokenizers safetensors yaml tqdm PIL pytest vrrl data_prep"
 @pytest.mark.parametrize("name", LINES)
 def test_files_stay_short_and_import_few_packages(name):

@@ -14,12 +14,12 @@ The algorithm, with the default of each number beside its name (task `grounding`
     repeat rl.steps 400 times:
         for each of rl.questions 32 questions:
             with probability rl.rho 0.6: start = the question
-            otherwise (a roll-in):       start = the oldest state of D's right queue (probability
+            else a roll-in in its place: start = the oldest state of D's right queue (probability
                 0.3) or of its wrong queue; if that queue is empty, the question
             sample rl.samples G = 8 rollouts at policy.temperature 0.5, each of at most
                 rl.max_turns 3 new turns; each answer but one at the limit gets a feedback picture
             R_i = 0 if malformed, else max(1 if right else 0, 0.1 + 0.9 r_i); a right one loses
-                reward.revision 0.05 for each revision. r_i in [0, 1] credits progress: section 6
+                reward.revision 0.05 for each revision. r_i in [0, 1] is the gain: section 6
             A_i = R_i - mean of the other G - 1 rewards    (REINFORCE with a baseline)
             fresh rollouts only: k ~ U{1..T} of the T turns; turns before k leave the loss
         one Adam step (rl.lr 1e-4) on  - 1/(32 G) sum_i A_i sum of log pi over tokens in the loss
@@ -122,8 +122,8 @@ def check_value(key, value, default, allowed):
 
 # ==================== 2. Tasks ====================================================================
 class Task:
-    """What the model learns. A new task is a subclass, an entry in TASKS, a row in config.yaml, and
-    settings for its texts (add their names in Policy.__init__, which checks them).
+    """What the model learns. A new task is a subclass, an entry in TASKS and a row in config.yaml.
+    Texts of its own are settings, whose names stand in Policy.__init__ too.
 
     An *example* is a dict with id, image (a path), size (width, height) and what the rules need.
     An *answer* is a tuple, which `parse` makes of the text inside <ANSWER>. Write
@@ -140,9 +140,9 @@ class Task:
     empty_final = False  # whether demonstrations commit with <FINAL></FINAL>
 
     def __init__(self, cfg, plan, make):
-        """Make the data, once. plan: a list for "train", and for "test_X" and "dev_X" of each split
-        X. Its item (7, "snow") is one picture: make(rng, 7, "snow") gives (record, PIL image). The
-        record with id, image and size is an example. "id" is first, others out of distribution."""
+        """Make the data, once. plan: lists "test_X" and "dev_X" of each split X, "id" first, then
+        "train". Of an item (7, "snow") make(rng, 7, "snow"), of data_prep.py, gives (record, PIL
+        image). The record with id, image and size is an example."""
         if Path(cfg.data).is_file():
             raise UserError(f"data={cfg.data} is a file: it needs task=points")
         name = data_prep.digest_of([plan, data_prep.digest(HERE / "data_prep.py")])
@@ -192,8 +192,8 @@ class Task:
         return found
 
 class Points(Task):
-    """Visual grounding: the rules of tasks that point into a box. An example has a question, its
-    box [x0, y0, x1, y1] in pixels, and `within` (see `exact`).
+    """Visual grounding: the rules of tasks that point into a box. A subclass writes __init__ alone.
+    An example has question, box [x0, y0, x1, y1] in pixels, and `within`, see `exact`; 0: the box.
 
     An answer is (x, y), whole numbers from 0 to points.scale along each side; with scale 0, pixels
     as the model sees the picture. Feedback is a crop centred on the point, at the picture's own
@@ -414,8 +414,8 @@ def size_seen(size, processor):
 
 class Picture:
     """An image as the vision tower takes it. grid: visual tokens (down, across). patches: uint8
-    (down * across * merge^2, 3, patch^2) in the library's order, which goes merge block by merge
-    block. features: what a frozen vision tower made of it, kept so that it is encoded once."""
+    (down * across * merge^2, 3, patch^2) in the library's order: the merge^2 patches of a token
+    together. features: what a frozen vision tower made of it, kept so that it is encoded once."""
     def __init__(self, image, processor):
         patch, merge = processor.patch_size, processor.merge_size
         size = size_seen(image.size, processor)
@@ -518,8 +518,8 @@ def add_lora(model, rank):
             linear.register_forward_hook(lora)
 
 class Policy:
-    """A Qwen2.5-VL or Qwen3-VL model with its tokenizer and image processor. `extend` reads more
-    of some conversations; `sample` and `log_probs` are built on it."""
+    """A Qwen2.5-VL or Qwen3-VL model with its tokenizer and image processor. `sample` and
+    `log_probs` both read with `extend` and score with `log_softmax`: so their log-probs agree."""
     def __init__(self, model, tokenizer, processor, cfg):
         self.model, self.tokenizer, self.processor, self.cfg = model, tokenizer, processor, cfg
         self.device, self.image_id = next(model.parameters()).device, model.config.image_token_id
@@ -670,7 +670,7 @@ class Policy:
         return tuple(torch.cat(values).split(counts) for values in zip(*parts))
 
     def read(self, context, texts):
-        """`extend` by texts: (ids, at least one, and pictures) of each row; -1 pads short rows."""
+        """`extend` by texts, one a row: (ids, never empty, and pictures). -1 pads short rows."""
         ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(i) for i, _ in texts], True, -1)
         ids, pictures = ids.to(self.device), [p for _, of_row in texts for p in of_row]
         return self.extend(context, ids.clamp(min=0), ids >= 0, pictures)
@@ -933,7 +933,7 @@ class Buffer:
         committed = self.cfg.store == "committed"
         shown = [turn for turn in episode.turns if turn.picture is not None]  # the leading turns
         if episode.given or not shown or committed and episode.turns[-1].kind != "final":
-            return None  # of a roll-in too, or states would grow from states
+            return None  # a roll-in leaves none: states would grow from states
         right = [task.exact(episode.example, turn.answer) for turn in shown]
         many = len(shown) if committed or all(right) else right.index(False) + 1
         return episode.example["id"], [turn.ids for turn in shown[:many]], right[many - 1]
@@ -952,16 +952,16 @@ class Buffer:
 # reward of the other G - 1 rollouts of the same start is such a baseline.
 #
 # Prefix masking weighs turn t of T new turns by t/T on average. The policy decides T: a commit
-# ends the episode. So the weight depends on this turn's and later actions, b does not drop out, and
-# early turns of long episodes count less. This bias is the method's own. Roll-ins need no mask:
+# ends the episode. So the weight depends on this turn's and later actions: b does not drop out,
+# and early turns of long episodes count less. This bias is the method's own. Roll-ins need no mask:
 # their given turns are not trained. All G rollouts share them, so the baseline accounts for them.
 def turn_weights(episode, mask, rng):
-    """The weight in the loss of every action token of an episode (paper: random turn masking).
-    none: 1. random: turns k..T weigh 1, k ~ U{1..T}. expected: turn t weighs t/T, its average."""
-    total = len(episode.turns)
-    if mask == "expected" and not episode.given:
+    """The weight in the loss of an episode's action tokens (paper: random turn masking). none: 1.
+    random: turns k..T weigh 1, k ~ U{1..T}. expected: turn t weighs t/T. rng: of this rollout."""
+    total, fresh = len(episode.turns), not episode.given
+    if fresh and mask == "expected":
         return [t / total for _, t in episode.actions]
-    k = 1 if episode.given else {"none": 1, "random": rng.randint(1, total)}[mask]
+    k = rng.randint(1, total) if fresh and mask == "random" else 1
     return [float(t >= k) for _, t in episode.actions]
 
 def advantages(rewards, std_norm=False):
@@ -980,9 +980,9 @@ def policy_loss(episodes, logps, rollouts, references=None, kl=0.0):
     """L = 1/N sum_i [ - A_i sum_j m_ij log pi(y_ij)  +  kl sum_j (q_ij - log q_ij - 1) ].
 
     logps, references: a (tokens,) tensor for each episode, which holds A_i and its m_ij. Summed
-    over micro-batches it is the batch's loss. N, the number of rollouts, divides, and not the
-    number of tokens in the loss: a divisor that depends on k would break `expected` as the average
-    of `random`. The KL term holds on masked turns too: otherwise they could drift freely."""
+    over micro-batches it is the batch's loss. N is the number of rollouts. Divided by the number of
+    tokens in the loss, which depends on k, `random` would not average to `expected`. The KL term
+    holds on masked turns too: otherwise they could drift freely."""
     loss = 0.0
     for i, (e, logp) in enumerate(zip(episodes, logps)):
         loss = loss - e.advantage * (logp.new_tensor(e.weights) * logp).sum()
@@ -991,7 +991,7 @@ def policy_loss(episodes, logps, rollouts, references=None, kl=0.0):
     return loss / rollouts
 
 class AdamW:
-    """AdamW (betas 0.9, 0.95) without decay, for bf16 weights with Kahan's sum. A bf16 number has 8
+    """AdamW (betas 0.9, 0.95; decay 0), for bf16 weights with Kahan's sum. A bf16 number has 8
     significant bits: an update below 1/256 of a weight would be rounded away. What rounding takes
     is kept in `lost` and added to the next update. The gradient's norm is clipped to 1. A step
     whose norm is not finite changes nothing; ten in a row raise UserError."""
@@ -1009,10 +1009,10 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr):
-        """One update from the gradients of all workers, which are cleared. Returns their norm."""
+        """One update from the gradients of all workers. Clears them, and returns their norm."""
         for weight in self.weights:  # zero where a worker had nothing to learn
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-            if WORKERS > 1:  # workers: see section 12
+            if WORKERS > 1:  # a sum, since every loss is divided by the count of the whole batch
                 dist.all_reduce(weight.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0).item()
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
@@ -1191,9 +1191,9 @@ def health(outcomes):
 # ==================== 11. Evaluation ==============================================================
 # Greedy play. The last answer counts, committed or not. The share of commits is another figure.
 def play_greedy(policy, task, cases, cfg, feedback=None, hidden=False):
-    """Outcomes of greedy play: of whole episodes, [(example,), ...], or after given wrong first
-    turns, [(example, text), ...]. feedback: what is shown after the given turn, see `reply`;
-    hidden: the question's picture is grey."""
+    """Outcomes of greedy play. cases: (example,) for a whole episode, (example, text) to go on from
+    a given wrong first turn. feedback: what is shown after that turn, see `reply`. hidden: the
+    question's picture is grey."""
     starts = []
     for example, *texts in share(cases):
         grey = Image.new("RGB", task.image(example).size, "#808080") if hidden else None
@@ -1203,9 +1203,9 @@ def play_greedy(policy, task, cases, cfg, feedback=None, hidden=False):
     return gather([outcome(task, e) for e in episodes])
 
 def probes(task, failed):
-    """{name: arguments of `play_greedy`}. The feedback to the given turn is false, later feedback
-    true. once_NAME is the share whose next answer is right. Where it is as high as once_fixed, that
-    answer did not need what NAME takes away.
+    """{name: arguments of `play_greedy`}. A probe changes the feedback to the given wrong turn,
+    or the question's picture. Later feedback is true. once_NAME is the share whose next answer is
+    right. Where it is as high as once_fixed, without a probe, what NAME takes away was not needed.
 
     unmarked: the true picture without a mark. other_place: another question's wrong answer on this
     picture; unmarked if there is none. other_picture: the feedback of another question. blank:
@@ -1291,7 +1291,7 @@ class Run:
     run that was stopped goes on with the same command, to the same bytes."""
     def __init__(self, folder, flat, wait=False):
         """Lock the folder. UserError if it holds checkpoints or results of other settings, program,
-        model or data. A setting that the run's file lacks, a newer one, counts as its default."""
+        model or data. A setting that is newer than the run counts as its default."""
         self.folder, self.began, self.stopping = Path(folder), time.time(), False
         self.metrics, file = self.folder / "metrics.jsonl", self.folder / "settings.yaml"
         if RANK == 0:
@@ -1337,9 +1337,8 @@ class Run:
 
     def stop_soon(self, number, frame):
         """Ctrl-C and SIGTERM wait for the end of the step. The second one does not."""
-        if self.stopping:
-            raise KeyboardInterrupt
         self.stopping = True
+        handle_signals(signal.default_int_handler)
 
     def save(self, optimizer, buffer):
         """A checkpoint: trained weights, optimizer, buffer, number of the step. That is enough:
