@@ -123,7 +123,7 @@ def check_value(key, value, default, allowed):
 # ==================== 2. Tasks ====================================================================
 class Task:
     """What the model learns. A new task is a subclass, an entry in TASKS and a row in config.yaml.
-    Texts of its own are settings, whose names stand in Policy.__init__ too.
+    Its own texts are settings: add their names to the list in Policy.__init__ (section 4) too.
 
     An *example* is a dict with id, image (a path), size (width, height) and what the rules need.
     An *answer* is a tuple, which `parse` makes of the text inside <ANSWER>. Write
@@ -132,7 +132,7 @@ class Task:
         parse(text, last=None)      answer, or None; last: the answer that this one revises
         exact(example, answer)      whether it is right
         progress(example, answer)   p in [0, 1], which the reflection reward credits
-        feedback(example, answer, mark=True)   PIL image; mark=False: without the answer (probes)
+        feedback(example, answer, mark=True)   PIL image; mark=False: without the mark (probes)
     and, for demonstrations, right(example, rng) and wrong(example, rng), an answer each, and
     thought(example, answer), the words for what the feedback to a wrong answer shows. `check`,
     `same` (a repetition earns nothing) and `say` may be written anew."""
@@ -140,9 +140,9 @@ class Task:
     empty_final = False  # whether demonstrations commit with <FINAL></FINAL>
 
     def __init__(self, cfg, plan, make):
-        """Make the data, once. plan: lists "test_X" and "dev_X" of each split X, "id" first, then
-        "train". Of an item (7, "snow") make(rng, 7, "snow"), of data_prep.py, gives (record, PIL
-        image). The record with id, image and size is an example."""
+        """Make the data, once. plan: a dict of lists: "test_X" and "dev_X" of each split X ("id"
+        first), then "train". For an item (7, "snow"), make(rng, 7, "snow") in data_prep.py gives
+        (record, PIL image). The record, with id, image and size added, is an example."""
         if Path(cfg.data).is_file():
             raise UserError(f"data={cfg.data} is a file: it needs task=points")
         name = data_prep.digest_of([plan, data_prep.digest(HERE / "data_prep.py")])
@@ -192,7 +192,7 @@ class Task:
         return found
 
 class Points(Task):
-    """Visual grounding: the rules of tasks that point into a box. A subclass writes __init__ alone.
+    """Visual grounding: the rules of tasks that point into a box. An __init__ makes one of it.
     An example has question, box [x0, y0, x1, y1] in pixels, and `within`, see `exact`; 0: the box.
 
     An answer is (x, y), whole numbers from 0 to points.scale along each side; with scale 0, pixels
@@ -445,7 +445,7 @@ class Episode:
     example: dict
     question_ids: list
     question_picture: Picture
-    start: int = 0  # the number of its start; episodes of the same start share their opening
+    start: int = 0  # which start, in training: episodes of one start share their opening
     given: list = dataclasses.field(default_factory=list)
     turns: list = dataclasses.field(default_factory=list)
     forced: list = ()  # ids that open the first new turn and were not sampled
@@ -544,7 +544,7 @@ class Policy:
 
     def prompt(self, question, reply):
         """What the chat template writes around the policy's turns, as ids, an image being one
-        placeholder: (up to its first word, the token that ends a turn, from there to the next)."""
+        placeholder: (all before its first turn, the id that ends a turn, all up to the next)."""
         system, picture, says = self.cfg.policy.system, {"type": "image"}, {"type": "text"}
         talk = [{"role": "system", "content": [says | {"text": system}]}] if system else []
         talk += [{"role": "user", "content": [says | {"text": question}, picture]},
@@ -903,7 +903,7 @@ def reward(task, episode, cfg):
     bonus 0.2, cost 0.05; both: revision 0.05. Plain RL (reflection no) has R = R_answer.
 
     `late` is not in the paper (release: 0.01). Without it an error that is surely mended is free,
-    and a policy may err on purpose. In navigation `bonus` makes up for it where p_1 is 0."""
+    and a policy may err on purpose. In navigation `bonus` pays for one revision where p_1 is 0."""
     if not well_formed(task, episode.all_turns):
         return 0.0
     right = task.exact(episode.example, episode.answers[-1])
@@ -947,7 +947,7 @@ class Buffer:
         return queue.popleft() if queue else None
 
 # ==================== 8. Loss =====================================================================
-# REINFORCE: the gradient of E[R] is E[sum_t (R - b) grad log pi(a_t)]. A baseline b that does not
+# REINFORCE: the gradient of E[R] is E[sum_j (R - b) grad log pi(y_j)]. A baseline b that does not
 # depend on the actions drops out, since E[grad log pi] = 0, and lowers the variance. The mean
 # reward of the other G - 1 rollouts of the same start is such a baseline.
 #
@@ -980,7 +980,7 @@ def policy_loss(episodes, logps, rollouts, references=None, kl=0.0):
     """L = 1/N sum_i [ - A_i sum_j m_ij log pi(y_ij)  +  kl sum_j (q_ij - log q_ij - 1) ].
 
     logps, references: a (tokens,) tensor for each episode, which holds A_i and its m_ij. Summed
-    over micro-batches it is the batch's loss. N is the number of rollouts. Divided by the number of
+    over micro-batches it is the batch's loss. N is the number of rollouts: with the number of
     tokens in the loss, which depends on k, `random` would not average to `expected`. The KL term
     holds on masked turns too: otherwise they could drift freely."""
     loss = 0.0
@@ -992,7 +992,7 @@ def policy_loss(episodes, logps, rollouts, references=None, kl=0.0):
 
 class AdamW:
     """AdamW (betas 0.9, 0.95; decay 0), for bf16 weights with Kahan's sum. A bf16 number has 8
-    significant bits: an update below 1/256 of a weight would be rounded away. What rounding takes
+    significant bits: an update below 1/256 of a weight may be rounded away. What rounding takes
     is kept in `lost` and added to the next update. The gradient's norm is clipped to 1. A step
     whose norm is not finite changes nothing; ten in a row raise UserError."""
     def __init__(self, policy):
@@ -1009,7 +1009,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, lr):
-        """One update from the gradients of all workers. Clears them, and returns their norm."""
+        """One update from all workers' gradients (section 12). Clears them; returns their norm."""
         for weight in self.weights:  # zero where a worker had nothing to learn
             weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
             if WORKERS > 1:  # a sum, since every loss is divided by the count of the whole batch
@@ -1204,8 +1204,8 @@ def play_greedy(policy, task, cases, cfg, feedback=None, hidden=False):
 
 def probes(task, failed):
     """{name: arguments of `play_greedy`}. A probe changes the feedback to the given wrong turn,
-    or the question's picture. Later feedback is true. once_NAME is the share whose next answer is
-    right. Where it is as high as once_fixed, without a probe, what NAME takes away was not needed.
+    or the question's picture. Later feedback is true. once_NAME: the share whose next answer is
+    right; once_fixed: without a probe. If they are equal, what NAME takes away was not needed.
 
     unmarked: the true picture without a mark. other_place: another question's wrong answer on this
     picture; unmarked if there is none. other_picture: the feedback of another question. blank:
@@ -1270,8 +1270,8 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
 
 # ==================== 12. A run ===================================================================
 # Workers are processes that hold the same model and a share of the questions each; `torchrun`
-# starts them. They meet in `share`, in `gather`, and where AdamW sums their gradients. Worker 0
-# alone prints and writes. Another number of workers is another run: sums round otherwise.
+# starts them. They meet in `gather`, and where AdamW sums their gradients. Worker 0 alone prints
+# and writes. Another number of workers is another run: sums round otherwise.
 WORKERS = int(os.environ.get("WORLD_SIZE") or 1)
 RANK = int(os.environ.get("RANK") or 0) if WORKERS > 1 else 0
 def share(items):
