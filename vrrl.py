@@ -192,7 +192,7 @@ class Task:
         return found
 
 class Points(Task):
-    """Visual grounding: the rules of tasks that point into a box. An __init__ makes one of it.
+    """Visual grounding: the rules of tasks that point into a box. A subclass needs __init__ alone.
     An example has question, box [x0, y0, x1, y1] in pixels, and `within`, see `exact`; 0: the box.
 
     An answer is (x, y), whole numbers from 0 to points.scale along each side; with scale 0, pixels
