@@ -1017,8 +1017,7 @@ class AdamW:
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0).item()
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if self.skipped == 10:
-            raise UserError("ten steps in a row had a gradient that is not finite: lower the "
-                            "learning rate and give run=ANOTHER_NAME")
+            raise UserError("ten gradients in a row were not finite: lower the learning rate")
         self.steps += not self.skipped
         for weight, *kept in zip(self.weights, *self.kept.values()):
             if not self.skipped:
@@ -1301,8 +1300,7 @@ class Run:
             for key, value in flat.items():
                 if before.get(key) != value and key not in ("run", "data", "mode"):
                     raise UserError(f"{self.folder} holds a run with {key}={before.get(key)}, now "
-                                    f"{value} (of files: their contents): give "
-                                    "run=ANOTHER_NAME or remove it")
+                                    f"{value} (files: content): give run=ANOTHER_NAME or remove it")
             write_file(file, yaml.safe_dump(flat, sort_keys=False))
         gather()
 
@@ -1499,6 +1497,8 @@ def run_main(function, words):
     code = 2
     try:
         function(words)
+        if WORKERS > 1:  # else its threads may abort the process while it ends
+            dist.destroy_process_group()
         return sys.stdout.flush()  # while a closed pipe can still be caught
     except KeyboardInterrupt:
         message, code = "stopped; the same command goes on from the last checkpoint", 130
