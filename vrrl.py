@@ -1300,7 +1300,7 @@ class Run:
             for key, value in flat.items():
                 if before.get(key) != value and key not in ("run", "data", "mode"):
                     raise UserError(f"{self.folder} holds a run with {key}={before.get(key)}, now "
-                                    f"{value} (files: content): give run=ANOTHER_NAME or remove it")
+                                    f"{value} (files: digests): give run=ANOTHER_NAME or remove it")
             write_file(file, yaml.safe_dump(flat, sort_keys=False))
         gather()
 
