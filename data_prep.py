@@ -1,7 +1,7 @@
 """Pictures and files of examples for vrrl.py: all that can be made and read without a model.
 `rng` is always a random.Random. Colours are (R, G, B). Boxes are (x0, y0, x1, y1) in pixels, half
-open: x0 <= x < x1."""
-import contextlib, functools, hashlib, json, math, os, random, shutil, sys, textwrap
+open: x0 <= x < x1. The same draws from `rng` in the same order give the same pictures."""
+import ast, functools, hashlib, itertools, json, math, os, random, shutil, sys, textwrap
 from collections import Counter, namedtuple
 from pathlib import Path
 
@@ -24,16 +24,26 @@ def tries(what):
     yield from range(10_000)
     raise UserError(f"found no {what} in 10,000 tries: ask for fewer")
 
-def far_colour(rng, used):
-    """A random colour, the farthest of a few from those in `used`, to which it is added."""
-    options = [tuple(rng.randrange(256) for _ in range(3)) for _ in range(8)]
-    used.append(max(options, key=lambda c: min((math.dist(c, u) for u in used), default=0)))
-    return used[-1]
+def random_colour(rng, low=0, high=255):
+    """A colour whose three values are in this range."""
+    return tuple(rng.randint(low, high) for _ in "RGB")
+
+def far_colours(rng, count, used=()):
+    """`count` random colours. Each is, of eight, the farthest from `used` and from those before."""
+    used = list(used)
+
+    def distance(colour):
+        return min([math.dist(colour, other) for other in used], default=0)
+
+    for _ in range(count):
+        options = [random_colour(rng) for _ in range(8)]
+        used.append(max(options, key=distance))
+    return used[-count:]
 
 def near_colour(rng, colour):
     """A random colour at a distance of 70 to 110 from another one."""
     for _ in tries("near colour"):
-        found = tuple(rng.randrange(256) for _ in range(3))
+        found = random_colour(rng)
         if 70 <= math.dist(found, colour) <= 110:
             return found
 
@@ -61,10 +71,31 @@ def look_of(name):
     if name in LOOKS:
         return LOOKS[name]
     rng = random.Random(name)
-    colours = []
-    for _ in range(8):
-        far_colour(rng, colours)
+    colours = far_colours(rng, 8)
     return Look(*colours, rng.choice(("disc", "square")))
+
+def _paint_hole(draw, look):
+    if look.shape == "cross":
+        draw.line((80, 80, 320, 320), fill=look.hole, width=96)
+        draw.line((80, 320, 320, 80), fill=look.hole, width=96)
+        return
+    inside = look.ground if look.shape == "ring" else look.hole
+    paint = draw.rectangle if look.shape == "square" else draw.ellipse
+    paint((52, 52, 348, 348), fill=inside, outline=look.hole, width=72)
+
+def _paint_elf(draw, look):
+    draw.polygon((200, 200, 320, 368, 80, 368), fill=look.coat)
+    draw.ellipse((120, 136, 280, 288), fill=(240, 196, 158), outline=look.hat, width=12)
+    draw.polygon((200, 32, 304, 176, 96, 176), fill=look.hat)
+    for x in (160, 224):  # the eyes
+        draw.ellipse((x, 200, x + 24, 228), fill=(20, 20, 20))
+
+def _paint_gift(draw, look):
+    draw.rectangle((80, 184, 320, 360), fill=look.box)
+    draw.rectangle((56, 136, 344, 200), fill=look.box, outline=look.ribbon, width=10)
+    draw.rectangle((172, 136, 228, 360), fill=look.ribbon)
+    for x in (96, 200):  # the bow
+        draw.ellipse((x, 48, x + 104, 144), outline=look.ribbon, width=32)
 
 @functools.lru_cache(maxsize=1024)
 def _tile(name, cell, kind):
@@ -72,30 +103,20 @@ def _tile(name, cell, kind):
     look = look_of(name)
     tile = Image.new("RGB", (400, 400), look.ground)
     draw = ImageDraw.Draw(tile)
-    if kind == "H" and look.shape == "cross":
-        draw.line((80, 80, 320, 320), fill=look.hole, width=96)
-        draw.line((80, 320, 320, 80), fill=look.hole, width=96)
-    elif kind == "H":
-        paint = draw.rectangle if look.shape == "square" else draw.ellipse
-        inside = look.ground if look.shape == "ring" else look.hole
-        paint((52, 52, 348, 348), fill=inside, outline=look.hole, width=72)
+    if kind == "H":
+        _paint_hole(draw, look)
     elif kind == "S":
-        draw.polygon((200, 200, 320, 368, 80, 368), fill=look.coat)
-        draw.ellipse((120, 136, 280, 288), fill=(240, 196, 158), outline=look.hat, width=12)
-        draw.polygon((200, 32, 304, 176, 96, 176), fill=look.hat)
-        for left in (160, 224):
-            draw.ellipse((left, 200, left + 24, 228), fill=(20, 20, 20))
+        _paint_elf(draw, look)
     elif kind == "G":
-        draw.rectangle((80, 184, 320, 360), fill=look.box)
-        draw.rectangle((56, 136, 344, 200), fill=look.box, outline=look.ribbon, width=10)
-        draw.rectangle((172, 136, 228, 360), fill=look.ribbon)
-        for left in (96, 200):
-            draw.ellipse((left, 48, left + 104, 144), outline=look.ribbon, width=32)
+        _paint_gift(draw, look)
     tile = tile.resize((cell, cell), Image.Resampling.BOX)
+    # The line of the grid is a little darker than a pale ground, and paler than a dark one.
     ground = tile.getpixel((0, 0))
-    grid = tuple((6 * value + (0 if sum(ground) > 300 else 255)) // 7 for value in ground)
+    tint = 0 if sum(ground) > 300 else 255
+    colour = tuple((6 * value + tint) // 7 for value in ground)
     # Lines lie at the top and left only: the neighbours bring the others.
-    ImageDraw.Draw(tile).line((0, cell, 0, 0, cell, 0), fill=grid, width=max(1, cell // 24))
+    width = max(1, cell // 24)
+    ImageDraw.Draw(tile).line((0, cell, 0, 0, cell, 0), fill=colour, width=width)
     return tile
 
 def draw_grid(layout, look, cell=16):
@@ -116,76 +137,97 @@ def draw_path(image, shape, start, moves, look="snow", box=None):
     image = image.convert("RGB")
     draw = ImageDraw.Draw(image)
     look = look_of(look)
-    left, top, right, bottom = box or (0, 0, *image.size)
-    width, height = (right - left) / shape[1], (bottom - top) / shape[0]  # of a cell, pixels
-    unit = min(width, height)
-    thick = max(2, round(unit / 6))
-
-    def bar(a, b, colour):  # in a row or a column; its square ends close the corners
-        low = [int(min(pair) - thick / 2 + 0.5) for pair in zip(a, b)]
-        high = [int(max(pair) + thick / 2 - 0.5) for pair in zip(a, b)]
-        draw.rectangle((*low, *high), fill=colour)
-
+    x0, y0, x1, y1 = box or (0, 0, *image.size)
+    rows, columns = shape
+    size = np.array([(x1 - x0) / columns, (y1 - y0) / rows])  # (2,): of a cell, along x and y
+    thick = max(2, round(min(size) / 6))
     row, column = start
-    first = here = (left + (column + 0.5) * width, top + (row + 0.5) * height)
+    first = (x0, y0) + np.array([column + 0.5, row + 0.5]) * size  # (2,): the middle of a cell
+    here = first
     times = Counter()  # how often the path takes each stretch between two cells
-    last = None  # the last move inside the grid, if the path ends inside
-    for move in moves[:100]:  # a rambling answer must not slow training down
-        dr, dc = MOVES[move]
-        if not (0 <= row + dr < shape[0] and 0 <= column + dc < shape[1]):
-            x, y = here[0] + dc * (width - thick) / 2, here[1] + dr * (height - thick) / 2
-            dx, dy = abs(dr) * (width - thick) / 2, abs(dc) * (height - thick) / 2
-            bar(here, (x, y), look.path)
-            bar((x - dx, y - dy), (x + dx, y + dy), look.alert)
-            last = None
+    step = None  # the last move inside the grid, if the path ends inside
+    for move in moves[:100]:  # A rambling answer must not slow training down.
+        down, right = MOVES[move]
+        there = row + down, column + right
+        step = np.array([right, down])
+        across = abs(step[::-1])  # along the other axis
+        if not _is_inside(shape, there):
+            edge = here + step * (size - thick) / 2
+            half = across * (size - thick) / 2
+            _draw_bar(draw, here, edge, thick, look.path)
+            _draw_bar(draw, edge - half, edge + half, thick, look.alert)
+            step = None
             break
-        there = (here[0] + dc * width, here[1] + dr * height)
         # A stretch walked again is painted beside the first time, so that it does not vanish.
-        stretch = (min(row, row + dr), min(column, column + dc), dr == 0)
-        aside = (0, 1.5 * thick, -1.5 * thick)[times[stretch] % 3]
+        stretch = frozenset([(row, column), there])
+        aside = across * thick * (0, 1.5, -1.5)[times[stretch] % 3]
         times[stretch] += 1
-        dx, dy = abs(dr) * aside, abs(dc) * aside
-        corners = [here, (here[0] + dx, here[1] + dy), (there[0] + dx, there[1] + dy), there]
-        for a, b in zip(corners, corners[1:]):
-            bar(a, b, look.path)
-        row, column, here = row + dr, column + dc, there
-        last = move
-    # Whole pixels keep the square and the arrow head symmetric at 16 pixels a cell.
-    x, y = map(int, first)
-    for radius, colour in ((round(0.2 * unit), look.path), (round(0.07 * unit), look.ground)):
-        draw.rectangle((x - radius, y - radius, x + radius, y + radius), fill=colour)
-    if last:
-        x, y = map(int, here)
-        dy, dx = (round(0.36 * unit) * step for step in MOVES[last])
-        draw.polygon((x + dx, y + dy, x + dy, y + dx, x - dy, y - dx), fill=look.path)
+        end = here + step * size
+        for a, b in itertools.pairwise([here, here + aside, end + aside, end]):
+            _draw_bar(draw, a, b, thick, look.path)
+        (row, column), here = there, end
+    _draw_ends(draw, first, here, step, min(size), look)
     return image
+
+def _is_inside(shape, cell):
+    """Whether a grid of (rows, columns) has this cell."""
+    return 0 <= cell[0] < shape[0] and 0 <= cell[1] < shape[1]
+
+def _draw_bar(draw, a, b, thick, colour):
+    """A bar between two points of a row or a column; its square ends close the corners."""
+    half = (thick - 1) / 2
+    low = np.minimum(a, b) - half
+    high = np.maximum(a, b) + half
+    corners = np.concatenate([low, high]).astype(int)
+    draw.rectangle(corners.tolist(), fill=colour)
+
+def _draw_ends(draw, first, last, step, size, look):
+    """The hollow square at the first point and, after a step, the arrow head at the last one."""
+    # Whole pixels keep the square and the arrow head symmetric at 16 pixels a cell.
+    x, y = first.astype(int).tolist()
+    for share, colour in ((0.2, look.path), (0.07, look.ground)):
+        radius = round(share * size)
+        draw.rectangle((x - radius, y - radius, x + radius, y + radius), fill=colour)
+    if step is not None:
+        x, y = last.astype(int).tolist()
+        dx, dy = (round(0.36 * size) * step).tolist()
+        draw.polygon((x + dx, y + dy, x + dy, y + dx, x - dy, y - dx), fill=look.path)
 
 def find_cell(layout, kind):
     """(row, column) of the first cell of this kind."""
-    return next((row, kinds.index(kind)) for row, kinds in enumerate(layout) if kind in kinds)
+    for row, kinds in enumerate(layout):
+        if kind in kinds:
+            return row, kinds.index(kind)
 
-def _around(layout, row, column):
-    """The cells beside a cell, as (move, row, column)."""
-    return [(move, row + dr, column + dc) for move, (dr, dc) in MOVES.items()
-            if 0 <= row + dr < len(layout) and 0 <= column + dc < len(layout[0])]
+def _around(layout, cell):
+    """[(move, cell), ...] of the cells beside a cell."""
+    shape = len(layout), len(layout[0])
+    found = []
+    for move, (down, right) in MOVES.items():
+        there = cell[0] + down, cell[1] + right
+        if _is_inside(shape, there):
+            found.append((move, there))
+    return found
 
 def shortest_distances(layout):
     """Least moves from each cell to the goal: int array (rows, columns), -1 where no way exists."""
     distance = np.full((len(layout), len(layout[0])), -1)
     queue = [find_cell(layout, "G")]
     distance[queue[0]] = 0
-    for row, column in queue:  # the queue grows meanwhile
-        for _, r, c in _around(layout, row, column):
-            if layout[r][c] != "H" and distance[r, c] < 0:
-                distance[r, c] = distance[row, column] + 1
-                queue.append((r, c))
+    for cell in queue:  # The queue grows meanwhile.
+        for _, (row, column) in _around(layout, cell):
+            if layout[row][column] != "H" and distance[row, column] < 0:
+                distance[row, column] = distance[cell] + 1
+                queue.append((row, column))
     return distance
 
 def check_layout(layout):
     """Raise UserError unless this is a solvable layout of 2 to 16 rows and columns."""
     if not isinstance(layout, list) or {type(row) for row in layout} != {str}:
         raise UserError("layout is not a list of strings")
-    if len({*map(len, layout)}) != 1 or not (2 <= len(layout) <= 16 and 2 <= len(layout[0]) <= 16):
+    sizes = {len(layout)} | {len(row) for row in layout}
+    same = len({len(row) for row in layout}) == 1
+    if not same or min(sizes) < 2 or max(sizes) > 16:
         raise UserError("layout needs 2 to 16 rows, all of the same length of 2 to 16 letters")
     if sorted("".join(layout).replace("F", "").replace("H", "")) != ["G", "S"]:
         raise UserError("layout needs one S and one G; its other letters must be F and H")
@@ -195,29 +237,36 @@ def check_layout(layout):
 def shortest_path(layout, rng):
     """Moves of one shortest path; every step picks evenly among the moves that come closer."""
     distance = shortest_distances(layout)
-    row, column = find_cell(layout, "S")
+    cell = find_cell(layout, "S")
     path = []
-    for left in reversed(range(distance[row, column])):  # moves after the next one
-        steps = [step for step in _around(layout, row, column) if distance[step[1:]] == left]
-        move, row, column = rng.choice(steps)
+    while distance[cell] > 0:
+        nearer = distance[cell] - 1
+        steps = [step for step in _around(layout, cell) if distance[step[1]] == nearer]
+        move, cell = rng.choice(steps)
         path.append(move)
     return path
 
 def wrong_path(layout, path, exact, rng):
     """A wrong answer near `path`, a shortest one: a non-empty list for which exact(moves) fails."""
     # Half the answers go straight to the goal, through holes: a model's most frequent mistake.
-    (row, column), (r, c) = find_cell(layout, "S"), find_cell(layout, "G")
-    straight = ["down"] * (r - row) + ["up"] * (row - r)
-    straight += ["right"] * (c - column) + ["left"] * (column - c)
+    row, column = find_cell(layout, "S")
+    goal_row, goal_column = find_cell(layout, "G")
+    # A list times a negative number is empty.
+    straight = ["down"] * (goal_row - row) + ["up"] * (row - goal_row)
+    straight += ["right"] * (goal_column - column) + ["left"] * (column - goal_column)
     pairs = [("up", "down"), ("down", "up"), ("left", "right"), ("right", "left")]
     while True:
-        at = rng.randrange(len(path))
+        place = rng.randrange(len(path))
         there, back = rng.choice(pairs)
         mixed = rng.sample(straight, len(straight))
         stray = rng.choices(list(MOVES), k=rng.randint(1, len(path) + 2))
-        middle = rng.choice([stray[:1], [there, path[at], back]])  # one move differs, or a detour
-        wrong = rng.choice([straight, straight, mixed, mixed, stray, path[:-rng.randint(1, 2)],
-                            path + stray[:2], path[:at] + middle + path[at + 1:]])
+        # One move differs, or there is a detour.
+        middle = rng.choice([stray[:1], [there, path[place], back]])
+        changed = path[:place] + middle + path[place + 1:]
+        shorter = path[:-rng.randint(1, 2)]
+        longer = path + stray[:2]
+        options = [straight, straight, mixed, mixed, stray, shorter, longer, changed]
+        wrong = rng.choice(options)
         if wrong and not exact(wrong):
             return wrong
 
@@ -225,28 +274,35 @@ def navigation_plan(train, test, cell):
     """{split: [(n, look, cell), ...]}. Test comes first: other counts leave it as it is."""
     plan = {}
     for part in ("test", "dev"):
-        for kind, sizes, looks in (("id", (3, 4, 5), ("snow",)), ("size", (6, 7), ("snow",)),
-                                   ("look", (3, 4, 5), ("night", "desert", "ink"))):
-            plan[f"{part}_{kind}"] = [
-                (sizes[i % len(sizes)], looks[i // len(sizes) % len(looks)], cell)
-                for i in range(test)]
+        plan[f"{part}_id"] = _in_turn((3, 4, 5), ["snow"], cell, test)
+        plan[f"{part}_size"] = _in_turn((6, 7), ["snow"], cell, test)
+        plan[f"{part}_look"] = _in_turn((3, 4, 5), ["night", "desert", "ink"], cell, test)
     rng = random.Random("order")
-    sizes = [3] * min(300, train // 10) + [4] * round(0.3 * train)  # few 3 x 3 maps exist
+    sizes = [3] * min(300, train // 10)  # Few maps of 3 x 3 exist.
+    sizes += [4] * round(0.3 * train)
     sizes += [5] * (train - len(sizes))
     rng.shuffle(sizes)
-    plan["train"] = [(size, rng.choice(MIXES) if i % 4 else "snow", cell)
-                     for i, size in enumerate(sizes)]
+    plan["train"] = []
+    for number, size in enumerate(sizes):
+        look = rng.choice(MIXES) if number % 4 else "snow"
+        plan["train"].append((size, look, cell))
     return plan
+
+def _in_turn(sizes, looks, cell, count):
+    """`count` maps of a plan, of every size in every look in turn."""
+    kinds = [(size, look, cell) for look in looks for size in sizes]
+    return list(itertools.islice(itertools.cycle(kinds), count))
 
 def make_map(rng, n, look, cell):
     """(record, image) of a new n x n map of cells of so many pixels: 10 to 35 % are holes, and the
     goal is 2 or more moves away."""
-    least = rng.randint(2, n) if n >= 4 else 2  # otherwise near goals prevail
+    least = rng.randint(2, n) if n >= 4 else 2  # Otherwise near goals prevail.
     for _ in tries("map"):
         holes = round(rng.uniform(0.1, 0.35) * (n * n - 2))
+        kinds = "SG" + "H" * holes
         cells = ["F"] * (n * n)
-        for kind, index in zip("SG" + "H" * holes, rng.sample(range(n * n), holes + 2)):
-            cells[index] = kind
+        for kind, place in zip(kinds, rng.sample(range(n * n), len(kinds))):
+            cells[place] = kind
         layout = ["".join(cells[first:first + n]) for first in range(0, n * n, n)]
         if shortest_distances(layout)[find_cell(layout, "S")] >= least:
             return {"layout": layout, "look": look}, draw_grid(layout, look, cell)
@@ -269,258 +325,396 @@ YEARS = [str(year) for year in range(1950, 2030)]
 # Out of distribution `embedded` has look-alikes too, colours near RED that no training picture has:
 # as in a large table of words, they lead the first look astray.
 FIGURES = {
-    "embedded": {"id": ("table", (3, 6)), "large": ("table", (12, 14)),
-                 "bars": ("bars", (9, 11)), "scatter": ("scatter", (22, 28))},
-    "text": {"id": ("table", (5, 15)), "large": ("table", (20, 50)), "cell": ("cell", (5, 15)),
-             "bars": ("bars", (5, 10)), "scatter": ("scatter", (10, 20))},
+    "embedded": {
+        "id": ("table", (3, 6)),
+        "large": ("table", (12, 14)),
+        "bars": ("bars", (9, 11)),
+        "scatter": ("scatter", (22, 28)),
+    },
+    "text": {
+        "id": ("table", (5, 15)),
+        "large": ("table", (20, 50)),
+        "cell": ("cell", (5, 15)),
+        "bars": ("bars", (5, 10)),
+        "scatter": ("scatter", (10, 20)),
+    },
 }
 LOOK_ALIKES = 4, 8  # lowest and highest number in a picture
+Colours = namedtuple("Colours", "page head ink fill")  # of one figure
 
 def figure_plan(kind, train, test):
     """{split: [(shape, size, kind, look-alikes), ...]}; test comes first, as for navigation."""
-    plan = {f"{part}_{name}": [(*figure, kind, kind == "embedded" and name != "id")] * test
-            for part in ("test", "dev") for name, figure in FIGURES[kind].items()}
-    return plan | {"train": [(*FIGURES[kind]["id"], kind)] * train}
+    plan = {}
+    for part in ("test", "dev"):
+        for name, (shape, size) in FIGURES[kind].items():
+            alike = kind == "embedded" and name != "id"
+            plan[f"{part}_{name}"] = [(shape, size, kind, alike)] * test
+    shape, size = FIGURES[kind]["id"]
+    plan["train"] = [(shape, size, kind)] * train
+    return plan
 
 def make_figure(rng, shape, size, kind="embedded", alike=False):
     """(record, RGB image) of a shape in FIGURES; `size` is (lowest, highest) number of its parts;
-    alike: whether it has LOOK_ALIKES.
+    alike: whether an embedded figure has LOOK_ALIKES.
 
     record: question, box of the target, shape, and `within`: a point is right within so many
     pixels of the middle of the box, or, where that is 0, inside the box.
     """
-    if kind == "text":  # pale and dark colours
-        ends = {"page": (236, 255), "head": (200, 230), "ink": (0, 100), "fill": (90, 190)}
-        colours = {part: tuple(rng.randint(*pair) for _ in "RGB") for part, pair in ends.items()}
-    else:  # one of 40 palettes, far from the colours that mean something
-        palette = random.Random(f"mix{rng.randrange(40)}")
-        used = [RED, BLUE, MARK]
-        colours = {part: far_colour(palette, used) for part in ("page", "head", "ink", "fill")}
-    if shape in ("bars", "scatter"):
-        paint = _bars if shape == "bars" else _scatter
-        question, box, image = paint(rng, size, colours, kind == "text", alike)
-    elif kind == "text":
-        question, box, image = _text_table(rng, size, colours, shape == "cell")
+    within = 0
+    if kind == "embedded":
+        question = "find the red"
+        box, image = _embedded_figure(rng, shape, size, alike)
     else:
-        question, box, image = _embedded_table(rng, size, colours, alike)
-    within = 40 if kind == "text" and shape != "bars" else 0
+        question, box, image = _text_figure(rng, shape, size)
+        if shape != "bars":
+            within = 40
     return {"question": question, "box": list(box), "within": within, "shape": shape}, image
 
-def _block(draw, box, colour):
-    """Fill a half-open box."""
-    draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), fill=colour)
+# ---- Embedded figures: each painter gives (box of the target, image).
 
-def _write(draw, box, text, letters, ink):
-    """Text in the middle of a box."""
-    draw.text(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), text, ink, letters, anchor="mm")
+def _embedded_figure(rng, shape, size, alike):
+    # There are 40 palettes, far from the colours that mean something.
+    palette = random.Random(f"mix{rng.randrange(40)}")
+    colours = Colours(*far_colours(palette, 4, [RED, BLUE, MARK]))
+    if shape == "table":
+        return _embedded_table(rng, size, colours, alike)
+    if shape == "bars":
+        return _embedded_bars(rng, size, colours, alike)
+    return _embedded_dots(rng, size, colours, alike)
 
 def _mark_parts(rng, fills, alike):
     """Make some of these colours look-alikes, then up to three BLUE and one RED; its index."""
-    for i in rng.sample(range(len(fills)), rng.randint(*LOOK_ALIKES)) if alike else ():
-        fills[i] = near_colour(rng, RED)
-    for i in rng.sample(range(len(fills)), rng.randint(0, 3)):
-        fills[i] = BLUE
-    red = rng.randrange(len(fills))
+    places = range(len(fills))
+    if alike:
+        count = rng.randint(*LOOK_ALIKES)
+        for place in rng.sample(places, count):
+            fills[place] = near_colour(rng, RED)
+    for place in rng.sample(places, rng.randint(0, 3)):
+        fills[place] = BLUE
+    red = rng.choice(places)
     fills[red] = RED
     return red
 
 def _embedded_table(rng, size, colours, alike):
-    """(question, box, image) of a table; `size` counts its headers too."""
-    edges = []
-    for count in (rng.randint(*size), rng.randint(*size)):
-        # Cells of small tables are about as large as those of large ones: crops of both look alike.
-        # With 14 parts a cell keeps 5 pixels, so it contains a multiple of 4 for the model.
-        length = CANVAS if count > 6 else round(count * rng.uniform(7, 16))
-        ends = np.cumsum([0] + [rng.uniform(1, 1.2) for _ in range(count)])
-        low = rng.randint(0, CANVAS - length)
-        edges.append((low + ends * length / ends[-1]).round().astype(int).tolist())
-    xs, ys = edges
+    """A table without words; `size` counts its headers too."""
+    columns, rows = rng.randint(*size), rng.randint(*size)
+    xs = _embedded_edges(rng, columns)
+    ys = _embedded_edges(rng, rows)
     rule = rng.randint(0, 1)  # pixels between cells
-    boxes = [(x0 + rule, y0 + rule, x1, y1)
-             for y0, y1 in zip(ys, ys[1:]) for x0, x1 in zip(xs, xs[1:])]
-    row = len(xs) - 1  # cells
-    fills = [colours["head" if i < row or i % row == 0 else "page"] for i in range(len(boxes))]
+    boxes, fills = [], []
+    for row in range(rows):
+        for column in range(columns):
+            boxes.append((xs[column] + rule, ys[row] + rule, xs[column + 1], ys[row + 1]))
+            is_head = row == 0 or column == 0
+            fills.append(colours.head if is_head else colours.page)
     red = _mark_parts(rng, fills, alike)
-    image = Image.new("RGB", (CANVAS, CANVAS), colours["page"])
-    draw = ImageDraw.Draw(image)
-    _block(draw, (xs[0], ys[0], xs[-1] + rule, ys[-1] + rule), colours["ink"])
+    image = Image.new("RGB", (CANVAS, CANVAS), colours.page)
+    image.paste(colours.ink, (xs[0], ys[0], xs[-1] + rule, ys[-1] + rule))
     full = rng.random()  # share of the cells that hold a dash
-    for (x0, y0, x1, y1), fill in zip(boxes, fills):
-        _block(draw, (x0, y0, x1, y1), fill)
+    for box, fill in zip(boxes, fills):
+        image.paste(fill, box)
         if rng.random() < full:
+            x0, y0, x1, y1 = box
             y = (y0 + y1) // 2
-            _block(draw, (x0 + 1, y - 1, rng.randint(x0 + 3, x1 - 1), y + 1), colours["ink"])
-    return "find the red", boxes[red], image
+            image.paste(colours.ink, (x0 + 1, y - 1, rng.randint(x0 + 3, x1 - 1), y + 1))
+    return boxes[red], image
 
-def _sample_headers(rng, count, levels, words, repeat):
-    """{(level, first line, line after the last): name}, level 0 outermost; `repeat` the lowest."""
-    names = [f"{word} {n}" for n in (4, 3, 2) for word in words] + rng.sample(words, len(words))
-    span = rng.randint(2, 4)  # headers under one of the next level
-    lowest = ()  # names that are the same in each group; no other name is used twice
-    if repeat and levels > 1:
-        lowest = rng.choice((("Q1", "Q2", "Q3", "Q4"), ("low", "mean", "high", "sum")))
-    found = {}
-    for level in reversed(range(levels)):
-        step = span ** (levels - 1 - level)
-        for i in range(0, count, step):
-            name = lowest[i % span] if lowest and step == 1 else names.pop()
-            found[level, i, min(i + step, count)] = name
-    return found
+def _embedded_edges(rng, count):
+    """The count + 1 edges of `count` cells along one side of a picture."""
+    # Cells of small tables are about as large as those of large ones: crops of both look alike.
+    # With 14 parts a cell keeps 5 pixels, so it contains a multiple of 4 for the model.
+    length = CANVAS if count > 6 else round(count * rng.uniform(7, 16))
+    ends = np.cumsum([0] + [rng.uniform(1, 1.2) for _ in range(count)])
+    first = rng.randint(0, CANVAS - length)
+    edges = first + ends * length / ends[-1]
+    return edges.round().astype(int).tolist()
 
-def _text_table(rng, size, colours, inner=False):
-    """(question, box, image) of a table; it asks for a lowest header or a body cell (`inner`)."""
-    rows, columns = rng.randint(*size), rng.randint(*size)  # of the body
-    top, left = rng.randint(1, 3), rng.randint(1, 2)  # levels of headers
-    words = rng.sample((CITIES, GOODS, YEARS), 2)
-    across = _sample_headers(rng, columns, top, words[0], True)
-    down = _sample_headers(rng, rows, left, words[1], False)
-    # {(first column, first row, column after the last, row after the last): text}
-    cells = {(left + a, level, left + b, level + 1): text for (level, a, b), text in across.items()}
-    cells |= {(level, top + a, level + 1, top + b): text for (level, a, b), text in down.items()}
-    cells[0, 0, left, top] = ""
-    for x in range(left, left + columns):
-        form = rng.choice(("{:.0f}", "{:.1f}", "{:.2f}", "{:,.0f}", "${:.0f}"))
-        most = 10 ** rng.randint(2, 4)
-        for y in range(top, top + rows):
-            cells[x, y, x + 1, y + 1] = form.format(rng.uniform(0, most))
-    x, y = left + rng.randrange(columns), top + rng.randrange(rows)
-    above = [f"'{name}'" for (_, a, b), name in across.items() if left + a <= x < left + b]
-    column_name = " under ".join(above[:2])  # the lowest comes first
-    row_name = f"'{cells[left - 1, y, left, y + 1]}'"
-    options = [(f"column header {column_name}", (x, top - 1, x + 1, top)),
-               (f"row header {row_name}", (left - 1, y, left, y + 1)),
-               (f"cell in row {row_name} and column {column_name}", (x, y, x + 1, y + 1))]
-    asked, target = options[2] if inner else rng.choice(options[:2])
-    columns, rows = left + columns, top + rows  # with headers
-    letters = font(rng.randint(12, 18 if columns < 20 else 14))
-    spare = rng.randint(8, 40 if columns < 20 else 14)
-    widths = [0] * columns
-    for cell in sorted(cells, key=lambda cell: cell[2] - cell[0]):  # a wide one widens its last
-        lack = math.ceil(letters.getlength(cells[cell])) + spare - sum(widths[cell[0]:cell[2]])
-        widths[cell[2] - 1] += max(0, lack)
-    height = letters.size + rng.randint(6, 24 if rows < 20 else 12)
-    margin = rng.randint(4, 60)  # pixels around the table, or more where it is small
-    wide = max(400, sum(widths) + 2 * margin)
-    high = max(400, rows * height + 2 * margin)
-    xs = np.cumsum([rng.randint(margin, wide - margin - sum(widths)), *widths]).tolist()
-    ys = np.cumsum([rng.randint(margin, high - margin - rows * height)] + [height] * rows).tolist()
-    rule = rng.randint(0, 1)  # pixels between cells
-    image = Image.new("RGB", (wide, high), colours["page"])
-    draw = ImageDraw.Draw(image)
-    _block(draw, (xs[0], ys[0], xs[-1] + rule, ys[-1] + rule), colours["ink"])
-    boxes = {}
-    for cell, text in cells.items():
-        boxes[cell] = (xs[cell[0]] + rule, ys[cell[1]] + rule, xs[cell[2]], ys[cell[3]])
-        _block(draw, boxes[cell], colours["head" if cell[0] < left or cell[1] < top else "page"])
-        _write(draw, boxes[cell], text, letters, colours["ink"])
-    return f"Point at the {asked}.", boxes[target], image
-
-def _bars(rng, size, colours, text=False, alike=False):
-    """(question, box, image) of bars on a line; `text` asks for the bar of a name or a height."""
+def _embedded_bars(rng, size, colours, alike):
+    """Bars on a line; sometimes the picture takes a quarter turn."""
     count = rng.randint(*size)
-    most = rng.randint(300, 600) if text else rng.randint(76, 90)
+    most = rng.randint(76, 90)
+    heights = _bar_heights(rng, count, most)
+    slot, thick = _bar_widths(rng, 8, 92 // count)
+    left = rng.randint(2, CANVAS - 2 - slot * count)
+    base = rng.randint(most + 2, 94)
+    boxes = _bar_boxes(heights, left, base, slot, thick)
+    fills = [colours.fill] * count
+    red = _mark_parts(rng, fills, alike)
+    image = Image.new("RGB", (CANVAS, CANVAS), colours.page)
+    for box, fill in zip(boxes, fills):
+        image.paste(fill, box)
+    image.paste(colours.ink, (left - 1, base, left + slot * count, base + 1))
+    if rng.random() < 0.7:
+        return boxes[red], image
+    x0, y0, x1, y1 = boxes[red]
+    turned = image.transpose(Image.Transpose.ROTATE_270)  # a quarter turn to the right
+    return (CANVAS - y1, x0, CANVAS - y0, x1), turned
+
+def _embedded_dots(rng, size, colours, alike):
+    """Dots between two axes."""
+    count = len(_dot_names(rng, size))
+    edge = rng.randint(2, 6)
+    base = CANVAS - edge - 1
+    dots = _dot_places(rng, count, range(edge + 4, CANVAS - 3), range(3, base - 3), 6)
+    fills = [colours.fill] * count
+    red = _mark_parts(rng, fills, alike)
+    image = _paint_dots((CANVAS, CANVAS), edge, dots, 3, fills, colours)
+    return _dot_box(dots[red], 3), image
+
+# ---- Parts of both kinds.
+
+def _bar_heights(rng, count, most):
+    """Heights of up to `most` pixels, of which the tallest and the lowest are clear."""
     for _ in tries(f"clear heights for {count} bars"):
         heights = [rng.randint(most // 10, most) for _ in range(count)]
-        if min(np.diff(sorted(heights))[[0, -1]]) >= 5:  # the tallest and the lowest are clear
-            break
-    slot = rng.randint(80, 120) if text else rng.randint(8, 92 // count)
+        gaps = np.diff(sorted(heights))
+        if gaps[0] >= 5 and gaps[-1] >= 5:
+            return heights
+
+def _bar_widths(rng, low, high):
+    """(pixels from one bar to the next, pixels of a bar)"""
+    slot = rng.randint(low, high)
     thick = rng.randint(max(5, slot * 2 // 5), slot * 9 // 10)
-    left = 80 if text else rng.randint(2, CANVAS - 2 - slot * count)
-    right = left + slot * count
-    base = most + 60 if text else rng.randint(most + 2, 94)
-    xs = range(left + (slot - thick) // 2, right, slot)
-    boxes = [(x, base - high, x + thick, base) for x, high in zip(xs, heights)]
-    fills = [colours["fill"]] * count
-    target = rng.randrange(count) if text else _mark_parts(rng, fills, alike)
-    sides = (right + 20, base + 50) if text else (CANVAS, CANVAS)
-    image = Image.new("RGB", sides, colours["page"])
-    draw = ImageDraw.Draw(image)
-    question = "find the red"
-    if text:
-        names = rng.sample(rng.choice((CITIES, GOODS, YEARS)), count)
-        _write_bars(rng, draw, names, left, base, right, most, colours)
-        options = [("tallest bar", np.argmax(heights)), ("lowest bar", np.argmin(heights)),
-                   (f"bar of '{names[target]}'", target)]
-        asked, target = rng.choice(options)
-        question = f"Point at the {asked}."
-    for box, fill in zip(boxes, fills):
-        _block(draw, box, fill)
-    _block(draw, (left - 1, base, right, base + 1), colours["ink"])
-    x0, y0, x1, y1 = boxes[target]
-    if text or rng.random() < 0.7:
-        return question, boxes[target], image
-    image = image.transpose(Image.Transpose.ROTATE_270)  # a quarter turn to the right
-    return question, (CANVAS - y1, x0, CANVAS - y0, x1), image
+    return slot, thick
 
-def _write_bars(rng, draw, names, left, base, right, most, colours):
-    """Write title, ticks and names around bars of at most `most` pixels."""
-    letters = font(rng.randint(12, 18))
-    title = rng.choice(("Sales", "Stock", "Orders", "Visits", "Output"))
-    _write(draw, (left, 0, right, 50), title, letters, colours["ink"])
-    unit = rng.choice((1, 2, 5, 10))  # of one pixel
-    for up in range(0, most + 1, rng.choice((50, 100))):
-        _block(draw, (left - 6, base - up, right, base - up + 1), colours["head"])
-        _write(draw, (0, base - up, left - 6, base - up), str(up * unit), letters, colours["ink"])
-    slot = (right - left) // len(names)
-    for x, name in zip(range(left, right, slot), names):
-        _write(draw, (x, base, x + slot, base + 50), name, letters, colours["ink"])
+def _bar_boxes(heights, left, base, slot, thick):
+    """Boxes of bars that stand on a line at `base`, each in the middle of its slot."""
+    boxes = []
+    x = left + (slot - thick) // 2
+    for height in heights:
+        boxes.append((x, base - height, x + thick, base))
+        x += slot
+    return boxes
 
-def _scatter(rng, size, colours, text=False, alike=False):
-    """(question, box, image) of dots between two axes; those of `text` have names."""
-    names = rng.sample(CITIES + GOODS, rng.randint(*size))
-    radius = rng.randint(4, 8) if text else 3
-    width, height = (rng.randint(700, 1000), rng.randint(600, 900)) if text else (CANVAS, CANVAS)
-    edge = rng.randint(20, 40) if text else rng.randint(2, 6)  # pixels outside of the axes
-    reach = 0  # pixels that a name takes beside its dot, so that no other dot or name touches it
-    if text:
-        letters = font(rng.randint(12, 18))
-        reach = max(45, 8 + math.ceil(max(letters.getlength(name) for name in names)))
-    base = height - edge - 1
+def _dot_names(rng, size):
+    return rng.sample(CITIES + GOODS, rng.randint(*size))
+
+def _dot_places(rng, count, xs, ys, apart):
+    """`count` points (x, y) of these ranges, any two of them farther from each other than `apart`."""
     dots = []
-    for _ in tries(f"place for {len(names)} dots"):
-        x = rng.randrange(edge + radius + 1, width - radius - reach)
-        y = rng.randrange(radius + edge * text, base - radius)
-        if all(math.dist((x, y), dot) > 2 * radius + reach for dot in dots):
-            dots.append((x, y))
-        if len(dots) == len(names):
-            break
-    fills = [colours["fill"]] * len(names)
-    target = rng.randrange(len(names)) if text else _mark_parts(rng, fills, alike)
-    image = Image.new("RGB", (width, height), colours["page"])
+    for _ in tries(f"place for {count} dots"):
+        place = rng.choice(xs), rng.choice(ys)
+        if all(math.dist(place, dot) > apart for dot in dots):
+            dots.append(place)
+        if len(dots) == count:
+            return dots
+
+def _dot_box(dot, radius):
+    x, y = dot
+    return x - radius, y - radius, x + radius + 1, y + radius + 1
+
+def _paint_dots(size, edge, dots, radius, fills, colours):
+    """A new image with dots of these colours, and axes `edge` pixels from its left and bottom."""
+    width, height = size
+    base = height - edge - 1
+    image = Image.new("RGB", size, colours.page)
+    image.paste(colours.ink, (edge, 0, edge + 1, base + 1))
+    image.paste(colours.ink, (edge, base, width, base + 1))
     draw = ImageDraw.Draw(image)
-    _block(draw, (edge, 0, edge + 1, base + 1), colours["ink"])
-    _block(draw, (edge, base, width, base + 1), colours["ink"])
-    for (x, y), fill, name in zip(dots, fills, names):
-        draw.circle((x, y), radius, fill=fill)
-        if text:
-            draw.text((x + radius + 4, y), name, colours["ink"], letters, anchor="lm")
-    question = f"Point at the dot labelled '{names[target]}'." if text else "find the red"
-    x, y = dots[target]
-    return question, (x - radius, y - radius, x + radius + 1, y + radius + 1), image
+    for dot, fill in zip(dots, fills):
+        draw.circle(dot, radius, fill=fill)
+    return image
+
+# ---- Figures of words: each painter gives (question, box of the target, image).
+
+def _text_figure(rng, shape, size):
+    page = random_colour(rng, 236, 255)
+    head = random_colour(rng, 200, 230)
+    ink = random_colour(rng, 0, 100)
+    fill = random_colour(rng, 90, 190)
+    colours = Colours(page, head, ink, fill)
+    if shape == "bars":
+        return _text_bars(rng, size, colours)
+    if shape == "scatter":
+        return _text_dots(rng, size, colours)
+    return _text_table(rng, size, colours, shape == "cell")
+
+def _write(draw, box, text, letters, ink):
+    """Text in the middle of a box."""
+    x0, y0, x1, y1 = box
+    middle = (x0 + x1) / 2, (y0 + y1) / 2
+    draw.text(middle, text, ink, letters, anchor="mm")
+
+# A cell of a table, of headers too, in columns and rows from the top left; half open as a box is.
+Cell = namedtuple("Cell", "x0 y0 x1 y1 text")
+
+def _text_table(rng, size, colours, inner):
+    """A table with headers; it asks for a lowest header or, if `inner`, for a cell of the body."""
+    rows, columns = rng.randint(*size), rng.randint(*size)  # of the body
+    top, left = rng.randint(1, 3), rng.randint(1, 2)  # levels of headers
+    column_words, row_words = rng.sample((CITIES, GOODS, YEARS), 2)
+    across = _sample_headers(rng, columns, top, column_words, True)
+    down = _sample_headers(rng, rows, left, row_words, False)
+    cells = [Cell(0, 0, left, top, "")]
+    for level, first, end, name in across:
+        cells.append(Cell(left + first, level, left + end, level + 1, name))
+    for level, first, end, name in down:
+        cells.append(Cell(level, top + first, level + 1, top + end, name))
+    for x in range(left, left + columns):
+        cells += _sample_column(rng, x, range(top, top + rows))
+    column, row = rng.randrange(columns), rng.randrange(rows)
+    column_name = " under ".join(_names_at(across, column)[:2])
+    row_name = _names_at(down, row)[0]
+    x, y = left + column, top + row
+    if inner:
+        asked, target = f"cell in row {row_name} and column {column_name}", (x, y)
+    else:
+        asked, target = rng.choice([(f"column header {column_name}", (x, top - 1)),
+                                    (f"row header {row_name}", (left - 1, y))])
+    boxes, image = _paint_table(rng, cells, left, top, colours)
+    return f"Point at the {asked}.", boxes[target], image
+
+def _sample_headers(rng, count, levels, words, repeat):
+    """[(level, first line, line after the last, name), ...] over `count` lines, from the lowest
+    level to level 0. `repeat`: the lowest names may be the same in each group; no other name is
+    there twice."""
+    names = [f"{word} {n}" for n in (4, 3, 2) for word in words]
+    names += rng.sample(words, len(words))
+    span = rng.randint(2, 4)  # headers under one of the next level
+    groups = None
+    if repeat and levels > 1:
+        groups = rng.choice((("Q1", "Q2", "Q3", "Q4"), ("low", "mean", "high", "sum")))
+    headers = []
+    for level in reversed(range(levels)):
+        step = span ** (levels - 1 - level)  # lines under one header
+        for first in range(0, count, step):
+            if groups and step == 1:
+                name = groups[first % span]
+            else:
+                name = names.pop()
+            headers.append((level, first, min(first + step, count), name))
+    return headers
+
+def _names_at(headers, line):
+    """The names over a line, in quotes; the lowest comes first."""
+    return [f"'{name}'" for _, first, end, name in headers if first <= line < end]
+
+def _sample_column(rng, x, ys):
+    """Cells with numbers, of one form in a column."""
+    form = rng.choice(("{:.0f}", "{:.1f}", "{:.2f}", "{:,.0f}", "${:.0f}"))
+    most = 10 ** rng.randint(2, 4)
+    return [Cell(x, y, x + 1, y + 1, form.format(rng.uniform(0, most))) for y in ys]
+
+def _paint_table(rng, cells, left, top, colours):
+    """({(column, row): box of the cell that begins there}, image); the first `left` columns and
+    `top` rows are headers."""
+    columns, rows = cells[-1].x1, cells[-1].y1
+    most_size, most_spare = (18, 40) if columns < 20 else (14, 14)
+    letters = font(rng.randint(8 + 4, most_size))
+    spare = rng.randint(8, most_spare)  # pixels beside a text
+    widths = _column_widths(cells, columns, letters, spare)
+    most_spare = 24 if rows < 20 else 12
+    height = letters.size + rng.randint(6, most_spare)
+    margin = rng.randint(4, 60)
+    xs, width = _text_edges(rng, widths, margin)
+    ys, height = _text_edges(rng, [height] * rows, margin)
+    rule = rng.randint(0, 1)  # pixels between cells
+    image = Image.new("RGB", (width, height), colours.page)
+    draw = ImageDraw.Draw(image)
+    image.paste(colours.ink, (xs[0], ys[0], xs[-1] + rule, ys[-1] + rule))
+    boxes = {}
+    for cell in cells:
+        box = xs[cell.x0] + rule, ys[cell.y0] + rule, xs[cell.x1], ys[cell.y1]
+        is_head = cell.x0 < left or cell.y0 < top
+        image.paste(colours.head if is_head else colours.page, box)
+        _write(draw, box, cell.text, letters, colours.ink)
+        boxes[cell.x0, cell.y0] = box
+    return boxes, image
+
+def _column_widths(cells, columns, letters, spare):
+    """Pixels of each column, so that each text has its place."""
+    def span(cell):
+        return cell.x1 - cell.x0
+
+    widths = [0] * columns
+    for cell in sorted(cells, key=span):
+        needed = math.ceil(letters.getlength(cell.text)) + spare
+        lack = needed - sum(widths[cell.x0:cell.x1])
+        widths[cell.x1 - 1] += max(0, lack)  # A wide cell widens its last column.
+    return widths
+
+def _text_edges(rng, lengths, margin):
+    """(edges of parts of these lengths, side of the picture): at least `margin` pixels are free at
+    both ends, more where the table is small."""
+    length = sum(lengths)
+    side = max(400, length + 2 * margin)
+    first = rng.randint(margin, side - margin - length)
+    return np.cumsum([first] + lengths).tolist(), side
+
+def _text_bars(rng, size, colours):
+    """Bars with names; it asks for the tallest, for the lowest, or for the bar of a name."""
+    count = rng.randint(*size)
+    most = rng.randint(300, 600)
+    heights = _bar_heights(rng, count, most)
+    slot, thick = _bar_widths(rng, 80, 120)
+    left, base = 80, most + 60
+    right = left + slot * count
+    boxes = _bar_boxes(heights, left, base, slot, thick)
+    named = rng.randrange(count)
+    names = rng.sample(rng.choice((CITIES, GOODS, YEARS)), count)
+    image = Image.new("RGB", (right + 20, base + 50), colours.page)
+    _write_bars(rng, image, names, left, base, slot, most, colours)
+    for box in boxes:
+        image.paste(colours.fill, box)
+    image.paste(colours.ink, (left - 1, base, right, base + 1))
+    asked, target = rng.choice([("tallest bar", heights.index(max(heights))),
+                                ("lowest bar", heights.index(min(heights))),
+                                (f"bar of '{names[named]}'", named)])
+    return f"Point at the {asked}.", boxes[target], image
+
+def _write_bars(rng, image, names, left, base, slot, most, colours):
+    """Write title, ticks and names around bars of at most `most` pixels."""
+    draw = ImageDraw.Draw(image)
+    letters = font(rng.randint(12, 18))
+    right = left + slot * len(names)
+    title = rng.choice(("Sales", "Stock", "Orders", "Visits", "Output"))
+    _write(draw, (left, 0, right, 50), title, letters, colours.ink)
+    unit = rng.choice((1, 2, 5, 10))  # of one pixel
+    step = rng.choice((50, 100))
+    for up in range(0, most + 1, step):
+        y = base - up
+        image.paste(colours.head, (left - 6, y, right, y + 1))
+        _write(draw, (0, y, left - 6, y), str(up * unit), letters, colours.ink)
+    for x, name in zip(range(left, right, slot), names):
+        _write(draw, (x, base, x + slot, base + 50), name, letters, colours.ink)
+
+def _text_dots(rng, size, colours):
+    """Dots with names between two axes."""
+    names = _dot_names(rng, size)
+    radius = rng.randint(4, 8)
+    width, height = rng.randint(700, 1000), rng.randint(600, 900)
+    edge = rng.randint(20, 40)
+    letters = font(rng.randint(12, 18))
+    # No dot and no name may touch another one; a name stands beside its dot.
+    longest = max([letters.getlength(name) for name in names])
+    reach = max(45, 8 + math.ceil(longest))
+    xs = range(edge + radius + 1, width - radius - reach)
+    ys = range(edge + radius, height - edge - 1 - radius)
+    dots = _dot_places(rng, len(names), xs, ys, 2 * radius + reach)
+    target = rng.randrange(len(names))
+    fills = [colours.fill] * len(names)
+    image = _paint_dots((width, height), edge, dots, radius, fills, colours)
+    draw = ImageDraw.Draw(image)
+    for (x, y), name in zip(dots, names):
+        draw.text((x + radius + 4, y), name, colours.ink, letters, anchor="lm")
+    question = f"Point at the dot labelled '{names[target]}'."
+    return question, _dot_box(dots[target], radius), image
 
 def draw_crop(image, point, side, mark=True):
     """The side x side pixels around a point (x, y), at the picture's resolution, with a ring."""
     half = side // 2
-    crop = Image.new("RGB", (side, side), "#808080")  # grey beyond the edge of the picture
-    crop.paste(image, (half - round(point[0]), half - round(point[1])))
+    crop = Image.new("RGB", (side, side), "#808080")  # Beyond the edge of the picture is grey.
+    x, y = point
+    crop.paste(image, (half - round(x), half - round(y)))
     draw = ImageDraw.Draw(crop)
     radius = max(3, round(side / 24))
-    rings = ((0, MARK, 1 if side < 64 else 2),) if side < 100 else ((2, "white", 5), (1, "red", 3))
-    for more, colour, width in rings if mark else ():
-        draw.circle((half, half), radius + more, outline=colour, width=width)
+    if mark and side < 100:
+        width = 1 if side < 64 else 2
+        draw.circle((half, half), radius, outline=MARK, width=width)
+    elif mark:
+        draw.circle((half, half), radius + 2, outline="white", width=5)
+        draw.circle((half, half), radius + 1, outline="red", width=3)
     return crop
-
-def draw_hairs(image, point):
-    """A copy of the whole picture with cross hairs through a point (x, y) and a ring around it."""
-    copy = image.convert("RGB")
-    draw = ImageDraw.Draw(copy)
-    x, y = round(point[0]), round(point[1])
-    thick = max(2, round(max(image.size) / 400))
-    draw.line((x, 0, x, image.height), fill=MARK, width=thick)
-    draw.line((0, y, image.width, y), fill=MARK, width=thick)
-    draw.circle((x, y), 3 + 2 * thick, outline=MARK, width=thick)
-    draw.circle((x, y), thick, fill=MARK)
-    return copy
 
 # ==================== 3. Data folders =============================================================
 # A data folder holds images/, one <split>.jsonl of examples for each split, and data.json. An
@@ -528,14 +722,16 @@ def draw_hairs(image, point):
 
 def write_file(path, content):
     """Write text or bytes whole or not at all."""
+    if isinstance(content, str):
+        content = content.encode()
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content if isinstance(content, bytes) else content.encode())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError:  # a full disk: leave no half file to fill it further
+    except OSError:  # The disk may be full: leave no half file to fill it further.
         temporary.unlink(missing_ok=True)
         raise
 
@@ -543,8 +739,11 @@ def lock(folder, wait=False):
     """Keep other processes out of a folder until the file that this returns is closed."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = open(Path(folder) / "lock", "w")
+    how = fcntl.LOCK_EX
+    if not wait:
+        how |= fcntl.LOCK_NB
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(file, how)
     except BlockingIOError:
         file.close()
         raise UserError(f"{folder} is in use by another process: wait, or give run=NAME") from None
@@ -562,7 +761,53 @@ def digest_of(values):
     """A name of 8 hex digits for what JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
+def code_digest(file, names=None):
+    """A name of 16 hex digits for what the code of a Python file says: comments, docstrings and
+    layout do not count. With names: only these top-level definitions and those that they reach.
+    KeyError if the file does not define one of the names."""
+    tree = _Wordless().visit(ast.parse(Path(file).read_text(encoding="utf-8")))
+    statements = tree.body
+    if names is not None:
+        statements = _reached(statements, names)
+    code = "\n".join([ast.unparse(statement) for statement in statements])
+    return hashlib.sha256(code.encode()).hexdigest()[:16]
+
+class _Wordless(ast.NodeTransformer):
+    """Takes docstrings out of a tree."""
+    def visit_Expr(self, node):
+        return None if isinstance(node.value, ast.Constant) else node
+
+def _names_in(node):
+    """All names below a node; of a.b it is a."""
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+
+def _defined(statement):
+    """The names that a top-level statement defines."""
+    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return {statement.name}
+    targets = []
+    if isinstance(statement, ast.Assign):
+        targets = statement.targets
+    elif isinstance(statement, ast.AnnAssign | ast.AugAssign):
+        targets = [statement.target]
+    return set().union(*[_names_in(target) for target in targets])
+
+def _reached(statements, names):
+    """The statements that define these names or what such a statement uses, in their order."""
+    defined = [_defined(statement) for statement in statements]
+    for name in names:
+        if not any(name in some for some in defined):
+            raise KeyError(name)
+    wanted, known = set(names), 0
+    while len(wanted) > known:  # Each round adds the names that the last one has reached.
+        known = len(wanted)
+        reached = [s for s, some in zip(statements, defined) if some & wanted]
+        for statement in reached:
+            wanted |= _names_in(statement)
+    return reached
+
 def read_json(file):
+    """What a JSON file holds. UserError if it is damaged."""
     try:
         return json.loads(Path(file).read_text(encoding="utf-8-sig"))
     except ValueError as error:
@@ -570,42 +815,66 @@ def read_json(file):
 
 def read_lines(file):
     """The lines of a JSONL log; the last one of a run that was killed may be cut off."""
+    if not file.is_file():
+        return []
     found = []
-    for line in file.read_text(errors="replace").splitlines() if file.is_file() else ():
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict) and {"stage", "step"} <= {*line}]
+    for text in file.read_text(errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and "stage" in line and "step" in line:
+            found.append(line)
+    return found
 
 def load_image(path):
     """An image file as RGB, as a viewer shows it on a white page. UserError names the file."""
     try:
         # Opened by its name, a turned TIFF is mapped into memory, and Pillow garbles it.
         with open(path, "rb") as file, Image.open(file) as image:
-            if max(image.size) > min(4096, 200 * min(image.size)):  # models refuse longer ones
-                raise ValueError(f"{image.width} x {image.height} pixels: at most 4096 and 200:1")
-            tags = getattr(image, "tag_v2", {})  # of a TIFF: 258 bits, 262 whether 0 is black
-            grey = image.mode[:4], tags.get(258, (16,)), tags.get(262, 1)
-            known = grey == ("I;16", (16,), 1) or (image.mode, image.format) == ("I", "PPM")
-            keyed = image.format == "PNG" and image.mode != "P" and "transparency" in image.info
-            if image.mode[0] in "IF" and not known or keyed and image.tile[0].args != image.mode:
-                raise ValueError("unclear which value is white or transparent: save it in 8 bits")
+            is_deep = _is_deep_grey(image)
+            _check_image(image, is_deep)
             image = ImageOps.exif_transpose(image)
-            if known:
-                image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+            if is_deep:
+                pixels = np.asarray(image) // 257
+                image = Image.fromarray(pixels.astype(np.uint8))
             page = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(page, image.convert("RGBA")).convert("RGB")
-    except Exception as error:  # decoders raise many kinds for broken files
-        raise UserError(f"{path}: not a usable image ({' '.join(str(error).split())})") from None
+    except Exception as error:  # Decoders raise many kinds for broken files.
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a usable image ({reason})") from None
+
+def _is_deep_grey(image):
+    """Whether an image has grey values of 16 bits, from 0 for black to 65535 for white."""
+    if image.format == "PPM":
+        return image.mode == "I"
+    tags = getattr(image, "tag_v2", {})  # A TIFF has these.
+    bits, white = tags.get(258, (16,)), tags.get(262, 1)  # bits of a value; 0: white is 0
+    return image.mode.startswith("I;16") and bits == (16,) and white == 1
+
+def _check_image(image, is_deep):
+    """ValueError if models refuse an image of this size, or if its values have no clear meaning."""
+    longer, shorter = max(image.size), min(image.size)
+    if longer > 4096 or longer > 200 * shorter:
+        raise ValueError(f"{image.width} x {image.height} pixels: at most 4096 and 200:1")
+    unclear = image.mode[0] in "IF" and not is_deep
+    # One value of a PNG may stand for transparent. Where Pillow decodes into another mode, it no
+    # longer finds that value.
+    if image.format == "PNG" and image.mode != "P" and "transparency" in image.info:
+        unclear = unclear or image.tile[0].args != image.mode
+    if unclear:
+        raise ValueError("unclear which value is white or transparent: save it in 8 bits")
 
 cached_image = functools.lru_cache(maxsize=256)(load_image)  # do not paint on what it returns
 
 def find_file(folder, name):
     """The path of a file inside a resolved folder, or None. UserError if the name leads out."""
     path = folder / name
-    there, inside = os.path.isfile(path), Path(os.path.normpath(path)).is_relative_to(folder)
-    if not (path.resolve().is_relative_to(folder) if there else inside):
-        raise UserError(f"{name!r} leads out of its folder" + " through a link" * inside)
-    return path if there else None
+    exists = os.path.isfile(path)
+    real = path.resolve() if exists else Path(os.path.normpath(path))
+    if not real.is_relative_to(folder):
+        raise UserError(f"{name!r} leads out of its folder, itself or through a link")
+    return path if exists else None
 
 def check_map(record):
     """UserError unless a record of navigation can be used."""
@@ -617,21 +886,29 @@ def check_map(record):
 
 def check_figure(record):
     """UserError unless a record has a question, and a box within the size of its image."""
-    if not isinstance(record.get("question"), str) or not record["question"].strip():
+    question, within = record.get("question"), record.get("within")
+    if not isinstance(question, str) or not question.strip():
         raise UserError('"question" is missing or not a text')
-    for key, count, least, form in (("size", 2, 1, "[width, height]"), ("within", 1, 0, "a number"),
-                                    ("box", 4, -9999, "[x0, y0, x1, y1]")):
-        values = [record.get(key)] if count == 1 else record.get(key)
-        if not isinstance(values, list) or [True] * count != [  # NaN is not in the range
-                type(value) in (int, float) and least <= value <= 9999 for value in values]:
-            raise UserError(f'"{key}" is missing or not {form} in pixels')
-    (x0, y0, x1, y1), (width, height) = record["box"], record["size"]
+    _check_pixels("size", "[width, height]", record.get("size"), 2, 1)
+    _check_pixels("within", "a number", [within], 1, 0)
+    _check_pixels("box", "[x0, y0, x1, y1]", record.get("box"), 4, -9999)
+    box = x0, y0, x1, y1 = record["box"]
+    width, height = record["size"]
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
-        raise UserError(f"box {record['box']} is empty or leaves its image of {width} x {height}")
+        raise UserError(f"box {box} is empty or leaves its image of {width} x {height}")
     if max(x1, y1) <= 1:
-        raise UserError(f"box {record['box']} lies within 0..1 and looks normalised: give pixels")
+        raise UserError(f"box {box} lies within 0..1 and looks normalised: give pixels")
 
-def read_examples(path, check=lambda record: None):
+def _check_pixels(key, form, values, count, least):
+    """UserError unless `values` is a list of `count` numbers from `least` to 9999."""
+    good = isinstance(values, list) and len(values) == count
+    for value in values if good else ():
+        # True and False are no numbers here; NaN is in no range.
+        good = good and type(value) in (int, float) and least <= value <= 9999
+    if not good:
+        raise UserError(f'"{key}" is missing or not {form} in pixels')
+
+def read_examples(path, check=None):
     """The examples of a JSONL file. One without "id" is called line-N; images are not opened.
     UserError, "file:line: reason", for the first unusable line. check(record) may add to it."""
     folder = Path(path).parent.resolve()
@@ -640,90 +917,113 @@ def read_examples(path, check=lambda record: None):
         if not line.strip(b" \t\r\xef\xbb\xbf"):
             continue
         try:
-            record = {"id": f"line-{number}"} | json.loads(line.decode("utf-8-sig"))
-            json.dumps(record, ensure_ascii=False).encode()  # half a surrogate pair fails here
-        except (ValueError, TypeError, RecursionError):
-            raise UserError(f"{path}:{number}: not a JSON object in UTF-8") from None
-        try:
-            for key in ("id", "image"):
-                if not isinstance(record.get(key), str) or not record[key]:
-                    raise UserError(f'"{key}" is missing or not a text')
+            record = _read_record(line, number)
             if record["id"] in records:
                 raise UserError(f"id {record['id']!r} is used twice")
             if not find_file(folder, record["image"]):
                 raise UserError(f"image {record['image']!r} is no file in the folder of this file")
-            check(record)
+            if check:
+                check(record)
         except UserError as error:
             raise UserError(f"{path}:{number}: {error}") from None
         records[record["id"]] = record
     return list(records.values())
+
+def _read_record(line, number):
+    """The record of one line of bytes, with texts as "id" and "image"."""
+    try:
+        record = {"id": f"line-{number}"} | json.loads(line.decode("utf-8-sig"))
+        json.dumps(record, ensure_ascii=False).encode()  # Half a surrogate pair fails here.
+    except (ValueError, TypeError, RecursionError):
+        raise UserError("not a JSON object in UTF-8") from None
+    for key in ("id", "image"):
+        if not isinstance(record.get(key), str) or not record[key]:
+            raise UserError(f'"{key}" is missing or not a text')
+    return record
 
 def make_folder(folder, task, plan, make, **more):
     """Write a made data set, unless it is there. The same plan gives the same bytes.
     plan: {split: [arguments, ...]}, of what JSON can hold. make(rng, *arguments) gives (record,
     image); no layout or picture is in two places."""
     folder = Path(folder)
-    about = {"task": task, "plan": hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16],
-             "counts": {split: len(plan[split]) for split in plan}} | more
+    name = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
+    counts = {split: len(plan[split]) for split in plan}
+    about = {"task": task, "plan": name, "counts": counts} | more
     if not folder.exists():
         with lock(folder.parent, wait=True):
-            if not folder.exists():  # no other process has just made it
+            if not folder.exists():  # Another process may have made it meanwhile.
                 _write_folder(folder, about, plan, make)
 
 def _write_folder(folder, about, plan, make):
     """Write a data folder whole or not at all."""
     building = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(building, ignore_errors=True)  # left by a process that was killed
+    shutil.rmtree(building, ignore_errors=True)  # A process that was killed may have left it.
     (building / "images").mkdir(parents=True)
-    taken = set()  # hashes of all layouts and pictures so far
+    taken = set()
     try:
         for split in plan:
-            rng = random.Random(split)
-            lines = []
-            row = {"label": split, "images": [], "captions": [], "verdicts": [""] * 6}
-            for arguments in tqdm(plan[split], split, disable=None):
-                for _ in tries(f"new picture for {split} after {len(lines)}"):
-                    record, image = make(rng, *arguments)
-                    # A layout in another look is no new map: no test asks for what was taught.
-                    shown = "/".join(record.get("layout", [])).encode() or image.tobytes()
-                    if (known := hashlib.sha256(shown).digest()) not in taken:
-                        break
-                taken.add(known)
-                name = f"{split}-{len(lines):04d}"
-                record |= {"id": name, "image": f"images/{name}.png", "size": image.size}
-                image.save(building / record["image"], compress_level=1)
-                lines.append(json.dumps(record) + "\n")
-                if len(lines) <= 6:
-                    if "question" in record:  # then its box is the target, shown by a frame
-                        x0, y0, x1, y1 = record["box"]
-                        frame = (x0, y0, x1 - 1, y1 - 1)
-                        ImageDraw.Draw(image).rectangle(frame, outline="magenta")
-                    row["images"].append(image)
-                    row["captions"].append(record.get("question", name))
-            write_file(building / f"{split}.jsonl", "".join(lines))
-            film_strip(building / f"preview_{split}.png", [row], side=500)
+            _write_split(building, split, plan[split], make, taken)
         write_file(building / "data.json", json.dumps(about, indent=2) + "\n")
-        os.sync()  # thousands of pictures: all at once
+        os.sync()  # All pictures at once: there are thousands.
         building.replace(folder)
     finally:
-        shutil.rmtree(building, ignore_errors=True)  # a success leaves nothing of it
+        shutil.rmtree(building, ignore_errors=True)  # A success leaves nothing of it.
 
-def own_examples(file, check_text=lambda name, text: None):
+def _write_split(folder, split, items, make, taken):
+    """Write the pictures of a split, its JSONL file, and a preview of the first six."""
+    rng = random.Random(split)
+    lines, first = [], []
+    for arguments in tqdm(items, split, disable=None):
+        name = f"{split}-{len(lines):04d}"
+        record, image = _make_new(rng, make, arguments, taken, name)
+        record |= {"id": name, "image": f"images/{name}.png", "size": image.size}
+        image.save(folder / record["image"], compress_level=1)
+        lines.append(json.dumps(record) + "\n")
+        if len(lines) <= 6:
+            first.append((record, image))
+    write_file(folder / f"{split}.jsonl", "".join(lines))
+    _write_preview(folder / f"preview_{split}.png", split, first)
+
+def _make_new(rng, make, arguments, taken, name):
+    """(record, image) of what is not in `taken`, hashes of all layouts and pictures so far."""
+    for _ in tries(f"new picture for {name}"):
+        record, image = make(rng, *arguments)
+        # A layout in another look is no new map: no test asks for what was taught.
+        content = "/".join(record.get("layout", [])).encode() or image.tobytes()
+        known = hashlib.sha256(content).digest()
+        if known not in taken:
+            taken.add(known)
+            return record, image
+
+def _write_preview(path, label, examples):
+    """A film strip of (record, image); where there is a question, a frame shows its target."""
+    row = {"label": label, "images": [], "captions": [], "verdicts": [""] * len(examples)}
+    for record, image in examples:
+        if "question" in record:
+            x0, y0, x1, y1 = record["box"]
+            ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), outline="magenta")
+        row["images"].append(image)
+        row["captions"].append(record.get("question", record["id"]))
+    film_strip(path, [row], side=500)
+
+def own_examples(file, check_text=None):
     """{"train", "dev_id", "test_id": examples} of one's own JSONL of "image", "question", "box".
     check_text(name, text) raises UserError where the model cannot read a question."""
     parts = {"train": [], "dev_id": [], "test_id": []}
 
-    def sort(record):
+    def take(record):  # While a line is read, so that an error names it.
         image = cached_image(Path(file).parent / record["image"])
-        known = {key: record.get(key) for key in ("id", "image", "question", "box")}
-        check_text("its question", str(known["question"]))
-        record.clear()
-        record |= known | {"size": [*image.size], "within": 0}
-        tenth = hashlib.sha256(image.tobytes()).digest()[0] % 10  # a copy stays in its part
-        check_figure(record)
-        parts[{0: "dev_id", 1: "test_id"}.get(tenth, "train")].append(record)
+        example = {key: record.get(key) for key in ("id", "image", "question", "box")}
+        example |= {"size": list(image.size), "within": 0}
+        check_figure(example)
+        if check_text:
+            check_text("its question", example["question"])
+        # Copies of a picture have the same bytes, and so they are in the same part.
+        tenth = hashlib.sha256(image.tobytes()).digest()[0] % 10
+        part = {0: "dev_id", 1: "test_id"}.get(tenth, "train")
+        parts[part].append(example)
 
-    read_examples(file, sort)
+    read_examples(file, take)
     if not all(parts.values()):
         raise UserError(f"{file}: too few images to divide them 8:1:1 by their contents; add some")
     return parts
@@ -735,160 +1035,218 @@ def make_official(data, maps, evals, cell):
     where the file names it is used; another map is drawn, and its record says "drawn": "here".
     """
     plan = {"train": [], "test_id": [], "test_size": []}
-    for number, file in enumerate([maps, *evals.split(",")]):
-        for layout, picture in _read_official(file, number == 0) if file else ():
+    if maps:
+        for layout, picture in _read_official(maps, "input_image"):
+            plan["train"].append((layout, picture, cell))
+    for file in filter(None, evals.split(",")):
+        for layout, picture in _read_official(file, "input_map"):
             split = "test_id" if len(layout) <= 5 else "test_size"
-            plan[split if number else "train"].append((layout, picture, cell))
-    times = Counter("/".join(layout) for split in plan for layout, _, _ in plan[split])
+            plan[split].append((layout, picture, cell))
+    plan = {split: items for split, items in plan.items() if items}
+    entries = []
+    for split, items in plan.items():
+        random.Random(split).shuffle(items)  # An evaluation takes the first: mix the sizes.
+        entries += items
+    times = Counter("/".join(layout) for layout, _, _ in entries)
     if {*times.values()} != {1}:
         raise UserError(f"{maps} {evals}: no map, or one is there twice: {times.most_common(1)}")
-    plan = {split: plan[split] for split in plan if plan[split]}
-    for split in plan:
-        random.Random(split).shuffle(plan[split])  # an evaluation takes the first: mix the sizes
-    pictures = digest(*(picture for split in plan for _, picture, _ in plan[split] if picture))
+    pictures = digest(*[picture for _, picture, _ in entries if picture])
     name = hashlib.sha256((json.dumps(plan) + pictures).encode()).hexdigest()[:8]
     folder = Path(data) / f"official-{name}"
-    make_folder(folder, "navigation", plan, _official_map,
-                splits=[split[5:] for split in plan if split != "train"])
+    splits = [split.removeprefix("test_") for split in plan if split != "train"]
+    make_folder(folder, "navigation", plan, _official_map, splits=splits)
     return folder
 
-def _read_official(file, training):
-    """[(layout, path of its picture or "")] of one of the authors' files."""
+def _read_official(file, key):
+    """[(layout, path of its picture or ""), ...] of one of the authors' files; `key` is what the
+    file calls a picture."""
     folder = Path(file).resolve().parent
     found = []
     try:
         for entry in json.loads(Path(file).read_text(encoding="utf-8-sig")):
-            about = entry if training else entry["metadata"]
+            about = entry["metadata"] if key == "input_map" else entry
             layout = ["".join(row) for row in about["layout"]]
             check_layout(layout)
-            if [*map("".join(layout).index, "SG")] != [about["start_pos"], about["target_pos"]]:
+            cells = "".join(layout)
+            if (cells.index("S"), cells.index("G")) != (about["start_pos"], about["target_pos"]):
                 raise UserError("start_pos or target_pos is not where the layout has S or G")
-            name = entry.get("input_image" if training else "input_map", "")
-            found.append((layout, str(find_file(folder, name) or "")))
-    except Exception as error:  # it can be wrong in many ways
+            picture = find_file(folder, entry.get(key, ""))
+            found.append((layout, str(picture or "")))
+    except Exception as error:  # The file can be wrong in many ways.
         raise UserError(f"{file}: not the authors' map {len(found) + 1} ({error!r:.200})") from None
     return found
 
 def _official_map(rng, layout, picture, cell):
     """(record, image) of one of the authors' maps, for make_folder."""
-    image = load_image(picture) if picture else draw_grid(layout, "official", cell)
-    more = {"box": ImageOps.invert(image).getbbox()} if picture else {"drawn": "here"}
-    return {"layout": layout, "look": "official"} | more, image  # the box is what is not white
+    record = {"layout": layout, "look": "official"}
+    if not picture:
+        return record | {"drawn": "here"}, draw_grid(layout, "official", cell)
+    image = load_image(picture)
+    box = ImageOps.invert(image).getbbox()  # what is not white
+    return record | {"box": box}, image
 
 # ==================== 4. Pictures for people ======================================================
 TEXT, FAINT = (40, 44, 52), (120, 126, 136)
 FRAMES = {"right": (0, 158, 115), "wrong": (213, 60, 40), "": (190, 195, 203)}
 # Okabe and Ito's palette: colour-blind readers too can tell its colours apart.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000", "#968C28"]
+GAP = 18  # pixels between the pictures of a film strip
 
 def film_strip(path, rows, title="", side=150, most=6):
     """Write episodes as rows of at most `most` pictures, `side` pixels at the longer side. rows:
     dicts with a "label" and, of one length, "images" [PIL], "captions" [str] and "verdicts"
     ["right", "wrong" or ""]."""
-    gap = 18
-    sheet = Image.new("RGB", (gap + most * (side + gap), 100 + len(rows) * (side + 500)), "white")
+    width = GAP + most * (side + GAP)
+    sheet = Image.new("RGB", (width, 100 + len(rows) * (side + 500)), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, 12), title, TEXT, font(18))
+    draw.text((GAP, 12), title, TEXT, font(18))
     bottom = 44
     for row in rows:
-        draw.text((gap, bottom), row["label"], TEXT, font(14))
-        x, top = gap, bottom + 24
+        draw.text((GAP, bottom), row["label"], TEXT, font(14))
+        x, y = GAP, bottom + 24
         for image, caption, verdict in zip(row["images"][:most], row["captions"], row["verdicts"]):
             image = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.BOX)
-            sheet.paste(ImageOps.expand(image, 3, FRAMES[verdict]), (x - 3, top - 3))
-            y = top + image.height + 4
-            for line in textwrap.wrap(caption[:400], side // 8):
-                draw.text((x, y), line, TEXT, font(13))
-                y += 16
-            bottom = max(bottom, y + gap)
-            x += side + gap
-    sheet.crop((0, 0, sheet.width, bottom)).save(path)
+            framed = ImageOps.expand(image, 3, FRAMES[verdict])
+            sheet.paste(framed, (x - 3, y - 3))
+            end = _write_caption(draw, x, y + image.height + 4, caption, side)
+            bottom = max(bottom, end + GAP)
+            x += side + GAP
+    sheet.crop((0, 0, width, bottom)).save(path)
+
+def _write_caption(draw, x, y, caption, width):
+    """Write the lines of a text below each other; returns where they end."""
+    for line in textwrap.wrap(caption[:400], width // 8):
+        draw.text((x, y), line, TEXT, font(13))
+        y += 16
+    return y
 
 def line_charts(path, panels, columns=3):
     """Write line charts of panels [(title, {series name: (xs, ys)}), ...]; None leaves a gap."""
-    sheet = Image.new("RGB", (columns * 680, math.ceil(len(panels) / columns) * 480), "white")
+    rows = math.ceil(len(panels) / columns)
+    sheet = Image.new("RGB", (columns * 680, rows * 480), "white")
     draw = ImageDraw.Draw(sheet)
-    for i, (title, series) in enumerate(panels):
-        _draw_chart(draw, i % columns * 680, i // columns * 480, title, series)
-    sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS).save(path)
+    for number, (title, series) in enumerate(panels):
+        row, column = divmod(number, columns)
+        _draw_chart(draw, column * 680, row * 480, title, series)
+    # At twice its size a chart is painted without smooth edges; shrinking gives them.
+    half = sheet.width // 2, sheet.height // 2
+    sheet.resize(half, Image.Resampling.LANCZOS).save(path)
 
-def _draw_chart(draw, left, top, title, series):
-    """One chart of 680 x 480 pixels."""
-    draw.text((left + 104, top + 14), title, TEXT, font(28))
-    x, y = left + 104, top + 52
-    lines = []
-    for name, values in series.items():
-        if x > left + 104 and x + font(22).getlength(name) > left + 660:
-            x, y = left + 104, y + 26
-        draw.text((x, y), name, PALETTE[len(lines) % len(PALETTE)], font(22))
-        x += 24 + font(22).getlength(name)
-        lines.append(np.array(values, dtype=float).T)  # None becomes NaN
+def _draw_chart(draw, x, y, title, series):
+    """One chart of 680 x 480 pixels whose upper left corner is (x, y)."""
+    x0, x1, y1 = x + 104, x + 648, y + 424
+    draw.text((x0, y + 14), title, TEXT, font(28))
+    y0 = _draw_legend(draw, x0, y + 52, x + 660, series) + 44
+    # Each is an array (points, 2) of x and y, in which None has become NaN.
+    lines = [np.array(values, dtype=float).T for values in series.values()]
     known = np.concatenate([np.zeros((0, 2)), *lines])
     known = known[np.isfinite(known[:, 1])]
-    low, high = (known.min(0), known.max(0)) if len(known) else np.zeros((2, 2))
-    x0, y0, x1, y1 = left + 104, y + 44, left + 648, top + 424
-    draw.rectangle((x0, y0, x1, y1), outline=FRAMES[""], width=2)
-    for point, value, anchor in (((x0 - 10, y1), low[1], "rm"), ((x0 - 10, y0), high[1], "rm"),
-                                 ((x0, y1 + 8), low[0], "la"), ((x1, y1 + 8), high[0], "ra")):
-        draw.text(point, f"{value:.4g}", FAINT, font(22), anchor=anchor)
-    scale = (x1 - x0, y0 - y1) / np.where(high > low, high - low, 1)
-    for i, line in enumerate(lines):
-        points = (line - low) * scale + (x0, y1)
-        for run in np.split(points, np.flatnonzero(np.isnan(points[:, 1]))):
-            run = [(x, y) for x, y in run.tolist() if not math.isnan(y)]
-            draw.line(run, PALETTE[i % len(PALETTE)], 4, joint="curve")
-            if len(run) == 1:
-                draw.circle(run[0], 5, PALETTE[i % len(PALETTE)])
+    low = high = np.zeros(2)
+    if len(known):
+        low, high = known.min(0), known.max(0)
+    _draw_axes(draw, (x0, y0, x1, y1), low, high)
+    extent = np.where(high > low, high - low, 1)
+    scale = (x1 - x0, y0 - y1) / extent
+    for line, colour in zip(lines, itertools.cycle(PALETTE)):
+        _draw_line(draw, (line - low) * scale + (x0, y1), colour)
 
-CURVES = {"loss, nats a token": "loss", "reward": "reward", "accuracy, sampled": "first final",
-          "commits": "commit", "commits of wrong answers": "commit_wrong rollin_commit_wrong",
-          "repair after a wrong state": "rollin_repair", "turns": "turns", "entropy": "entropy",
-          "well-formed, repeats": "well_formed repeats", "states": "wrong_states right_states",
-          "shares: kept, roll-ins": "kept rollins", "gradient norm": "grad_norm", "KL": "kl"}
+def _draw_legend(draw, left, y, right, names):
+    """Write the names of series from `left` to `right` and below; returns y of the last line."""
+    x = left
+    for name, colour in zip(names, itertools.cycle(PALETTE)):
+        length = font(22).getlength(name)
+        if x > left and x + length > right:
+            x, y = left, y + 26
+        draw.text((x, y), name, colour, font(22))
+        x += 24 + length
+    return y
 
-def curves(path, files):
-    """Paint the lines of metrics.jsonl files: a chart for each stage and each row of CURVES."""
-    panels, lines = [], [line for file in files for line in read_lines(file)]
-    for stage in dict.fromkeys(line["stage"] for line in lines):
+def _draw_axes(draw, box, low, high):
+    """A frame with the lowest and the highest (x, y) at its ends."""
+    x0, y0, x1, y1 = box
+    draw.rectangle(box, outline=FRAMES[""], width=2)
+
+    def write(x, y, value, anchor):
+        draw.text((x, y), f"{value:.4g}", FAINT, font(22), anchor=anchor)
+
+    write(x0 - 10, y1, low[1], "rm")
+    write(x0 - 10, y0, high[1], "rm")
+    write(x0, y1 + 8, low[0], "la")
+    write(x1, y1 + 8, high[0], "ra")
+
+def _draw_line(draw, points, colour):
+    """A line through points (x, y). A NaN as y leaves a gap; a point between gaps becomes a dot."""
+    run = []
+    for x, y in [*points.tolist(), (0, math.nan)]:
+        if not math.isnan(y):
+            run.append((x, y))
+            continue
+        draw.line(run, colour, 4, joint="curve")
+        if len(run) == 1:
+            draw.circle(run[0], 5, colour)
+        run = []
+
+def curves(path, files, charts):
+    """Paint the lines of metrics.jsonl files.
+    charts: {stage: {title: "figure figure ..."}}. Each title becomes a chart of these figures by
+    step. Figures that are always None are left out. KeyError names a stage that charts lacks or a
+    figure that a line lacks: a new name must not empty its chart silently."""
+    lines, panels = [], []
+    for file in files:
+        lines += read_lines(file)
+    for stage in dict.fromkeys(line["stage"] for line in lines):  # in their order
         of_stage = [line for line in lines if line["stage"] == stage]
         steps = [line["step"] for line in of_stage]
-        for title, keys in CURVES.items():
-            series = {key: (steps, [line.get(key) for line in of_stage]) for key in keys.split()}
-            series = {key: pair for key, pair in series.items() if set(pair[1]) - {None, 0.0}}
+        for title, names in charts[stage].items():
+            series = {}
+            for name in names.split():
+                values = [line[name] for line in of_stage]
+                if set(values) != {None}:
+                    series[name.replace("_", " ")] = steps, values
             if series:
                 panels.append((f"{stage}: {title}", series))
     line_charts(path, panels or [("nothing was trained", {})])
 
-def table(models):
-    """Markdown, percent: a line for each model and split, and for the mean out of distribution.
-    models: {name: rows of vrrl.evaluate}."""
-    keys = "first", "final", "repair_own", "repair_fixed", "break", "commit"
-    lines = [f"| model | split | n | {' | '.join(keys).replace('_', ' ')} | turns |",
-             "| --- " * (len(keys) + 4) + "|"]
+def table(models, columns):
+    """Markdown: a line for each model and split, and for the mean out of distribution.
+    models: {name: rows of vrrl.evaluate}. columns: names of figures, shown in percent."""
+    names = " | ".join(columns).replace("_", " ")
+    lines = [f"| model | split | n | {names} | turns |", "| --- " * (len(columns) + 4) + "|"]
     for model, rows in models.items():
         far = [row for row in rows if row["ood"]]
-        mean = {"split": "**mean ood**", "n": sum(row["n"] for row in far)}
-        for key in (*keys, "turns"):
-            known = [row[key] for row in far if row[key] is not None]
-            mean[key] = sum(known) / len(known) if known else None
-        for row in [*rows, *([mean] if far else [])]:
-            cells = ["-" if row[key] is None else f"{100 * row[key]:.1f}" for key in keys]
-            cells = [model, row["split"], str(row["n"]), *cells, f"{row['turns']:.2f}"]
+        if far:
+            rows = [*rows, _mean_row(far, columns)]
+        for row in rows:
+            cells = [model, row["split"], str(row["n"])]
+            for name in columns:
+                cells.append("-" if row[name] is None else f"{100 * row[name]:.1f}")
+            cells.append(f"{row['turns']:.2f}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+def _mean_row(rows, columns):
+    """The mean of each figure over the rows that know it."""
+    mean = {"split": "**mean ood**", "n": sum(row["n"] for row in rows)}
+    for name in [*columns, "turns"]:
+        known = [row[name] for row in rows if row[name] is not None]
+        mean[name] = sum(known) / len(known) if known else None
+    return mean
 
 def main(words):
     """usage: python data_prep.py official maps=FILE eval=FILE[,FILE] [data=FOLDER] [cell=8..256]
 
     Makes a data folder of the authors' maps. Where their picture is missing, a cell has 64 pixels.
     """
-    given = {"maps": "", "eval": "", "data": "data", "cell": "64"}
-    given |= {word.partition("=")[0]: word.partition("=")[2] for word in words[1:]}
     if {"-h", "--help", "help"} & set(words):
         return print(main.__doc__)
+    given = {"maps": "", "eval": "", "data": "data", "cell": "64"}
+    for word in words[1:]:
+        key, _, value = word.partition("=")
+        given[key] = value
+    cells = [str(cell) for cell in range(8, 257)]
     try:
-        known = words[:1] == ["official"] and len(given) == 4 and (given["maps"] or given["eval"])
-        if not known or given["cell"] not in map(str, range(8, 257)):
+        known = words[:1] == ["official"] and len(given) == 4 and given["cell"] in cells
+        if not known or not (given["maps"] or given["eval"]):
             raise UserError(main.__doc__.splitlines()[0])
         folder = make_official(given["data"], given["maps"], given["eval"], int(given["cell"]))
     except (UserError, OSError, KeyboardInterrupt) as error:

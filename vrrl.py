@@ -10,42 +10,48 @@ turns, and buffered roll-ins start from past answers: wrong ones to correct, rig
 The algorithm, with the default of each number beside its name (task `grounding`):
 
     policy pi: a VLM after SFT: sft.first_steps 450 on first answers, sft.steps 40 on demonstrations
-    D: two queues of states, wrong and right ones     (buffer.size 4000, buffer.right_share 0.3)
+    D: two queues of states, wrong and correct   (buffer.size 4000, buffer.correct_share 0.3)
     repeat rl.steps 400 times:
         for each of rl.questions 32 questions:
             with probability rl.rho 0.6: start = the question
-            else a roll-in in its place: start = the oldest state of D's right queue (probability
+            else a roll-in in its place: start = the oldest state of D's correct queue (probability
                 0.3) or of its wrong queue; if that queue is empty, the question
             sample rl.samples G = 8 rollouts at policy.temperature 0.5, each of at most
                 rl.max_turns 3 new turns; each answer but one at the limit gets a feedback picture
-            R_i = 0 if malformed, else max(1 if right else 0, 0.1 + 0.9 r_i); a right one loses
-                reward.revision 0.05 for each revision. r_i in [0, 1] is the gain: section 6
+            R_i = 0 if malformed, else max(1 if correct else 0, 0.1 + 0.9 r_i); a correct one loses
+                reward.revision 0.05 for each revision. r_i in [0, 1] is the gain: section 3
             A_i = R_i - mean of the other G - 1 rewards    (REINFORCE with a baseline)
             fresh rollouts only: k ~ U{1..T} of the T turns; turns before k leave the loss
         one Adam step (rl.lr 1e-4) on  - 1/(32 G) sum_i A_i sum of log pi over tokens in the loss
         D.append(each fresh rollout up to its first shown wrong answer; if none, its last shown one)
 
-The paper's GRPO also divides A by the group's standard deviation (here with rl.std_norm=yes), and
-clips the importance ratio (here 1: each batch is used once). README.md lists what else differs.
+*Malformed* is what breaks the protocol: turn 1 is an ANSWER alone, each later turn a THINK with an
+ANSWER that is new, and the last turn a FINAL. A rollout that never says FINAL is malformed too.
 
-Read it from top to bottom, in the order in which an episode lives: 1 settings, 2 tasks (what is
-right), 3 conversation (turns as token ids), 4 policy (the VLM), 5 rollouts, 6 reward, 7 buffer,
-8 loss, 9 SFT, 10 RL (the loop above), 11 evaluation with probes, 12 a run (workers, checkpoints).
-README.md says what a fork changes. `python vrrl.py --help` lists all settings.
+*What the step does beside.* The rate rises for 20 steps and then falls to a tenth along a line. The
+gradient's norm is clipped to 1. The paper's GRPO also divides A by the group's standard deviation
+(here with rl.std_norm=yes), and clips the importance ratio. Here that ratio is 1, because each
+batch is used once. README.md lists what else differs.
+
+How to read this file. Part I is the method: 1 turns, 2 rollouts, 3 reward, 4 buffer, 5 loss, 6 the
+loop. It can be read alone: the table at its head says what it calls. Part II is what it stands on:
+7 policy (the VLM), 8 tasks, 9 optimizer and SFT, 10 evaluation, 11 settings, 12 a run. A first
+reader may skip Part II; whoever changes something finds the place in README.md. `python vrrl.py
+--help` lists all settings.
 """
-import contextlib, dataclasses, datetime, difflib, functools, hashlib, inspect, itertools
-import json, math, operator, os, platform, random, re, shutil, signal, sys, time, types
-from collections import Counter, deque
+import ast, contextlib, dataclasses, datetime, difflib, functools, hashlib, inspect, itertools
+import json, math, os, platform, random, re, shutil, sys, time, types
+from collections import Counter, deque, namedtuple
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch, torch, transformers, yaml
+import torch, transformers, yaml
 from PIL import Image
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen_images
-from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel as TextModel
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 import data_prep
 from data_prep import UserError, write_file
@@ -54,88 +60,1156 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 HERE = Path(__file__).resolve().parent
 
-# ==================== 1. Settings =================================================================
-# config.yaml names every setting once: `name: [default, allowed, sentence]`. A row of `tasks`, one
-# of `profiles` and one of `methods` then change defaults, in this order.
-def read_config(words=()):
-    """The settings as (cfg, flat): cfg.rl.steps and so on, and {"rl.steps": 400, ...}.
-    words: `key=value`, or names of YAML files of settings; the later wins. Raises UserError."""
-    config, given = read_yaml(HERE / "config.yaml"), {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if not equals and not word.endswith((".yaml", ".yml")):
-            raise UserError(f"'{word}' is not key=value, nor a YAML file; for example: seed=3")
-        given |= {key: value} if equals else flatten(read_yaml(word))
-    try:
-        table, cfg = flatten(config["settings"]), types.SimpleNamespace()
-        flat = {key: default for key, (default, _, _) in table.items()}
-        for kind in ("task", "profile", "method"):
-            table[kind][1] = "|".join(config[kind + "s"])  # config.yaml says "rows" there
-            row = check_value(kind, given.get(kind, flat[kind]), *table[kind][:2])
-            flat |= flatten(config[kind + "s"][row])
-        for key, value in (flat | given).items():
-            if key not in table:
-                near = [known for known in table if known.endswith("." + key)]
-                near += [*difflib.get_close_matches(key, table, 1), "see --help"]
-                raise UserError(f"unknown setting '{key}'; nearest: {near[0]}")
-            flat[key] = check_value(key, value, *table[key][:2])
-            section, _, name = key.rpartition(".")
-            place = vars(cfg).setdefault(section, types.SimpleNamespace()) if section else cfg
-            setattr(place, name, flat[key])
-        return cfg, flat
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"config.yaml has lost its form: {error!r}") from None
+# ####################################### Part I: the method #######################################
+#
+# What it calls of Part II:
+#
+#   task.examples("train")           the examples; each is a dict with an id
+#   task.image(example)              the picture of a question
+#   task.question(example)           the texts of the user: beside that picture, and after it
+#   task.parse(text, last)           the answer that a text states, or None
+#   task.exact(example, answer)      whether an answer is correct
+#   task.progress(example, answer)   how far it has come: p in [0, 1], for the reward
+#   task.same(answer, other)         whether two answers count as one
+#   task.feedback(example, answer)   a picture of what an answer does
+#   policy.prompt(question, reply)   the ids of all that the user says
+#   policy.place(ids, picture)       the same with as many image tokens as the picture takes
+#   policy.decode(ids)               the text of a turn; policy.end_id is the token that ends it
+#   policy.open(episodes)            a Context, in which the model has read up to the new turns
+#   policy.sample(context, luck)     one new turn for each of them: ids and log-probs
+#   context.take(places)             keep some of them; those that are equal so far are one row,
+#   context.rows                     the row of each
+#   policy.read(context, texts)      let each of them read on
+#   policy.log_probs(episodes)       log-probs of their `actions`, with gradients; entropies
+#   policy.reference_log_probs(...)  log-probs of the same tokens under the SFT model
+#   Picture(image, processor)        an image as the model's vision tower takes it
+#   uniforms(policy, names, ...)     random numbers that hang on the names alone
+#   batch_of(items, count, ...)      the next items, in endless shuffled passes
+#   micro_batches(episodes, size)    slices of them
+#   AdamW(policy).step(rate)         one update; returns the norm of the gradient
+#   share(items), gather(items)      this worker's part of a list; the parts of all workers
+#   outcome, health, update_...      figures for the log
+#   run.steps(...), run.log(...)     the numbers of the steps, with checkpoints; a line of the log
+#   run.lap(name)                    the seconds since the last lap, for the log
 
-def read_yaml(file):
-    try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
-    if isinstance(found, dict):
+# ==================== 1. Turns ====================================================================
+# In each turn the policy says one ANSWER or one FINAL, perhaps after a THINK. An episode that is
+# corrected once reads so; after each ANSWER the user shows a picture of what it does:
+#     <ANSWER>12 7</ANSWER>
+#     <THINK>left 3 up 1</THINK><ANSWER>left 3 up 1</ANSWER>
+#     <FINAL></FINAL>
+TAGS = ["<THINK>", "</THINK>", "<ANSWER>", "</ANSWER>", "<FINAL>", "</FINAL>"]
+NO_TAG = f"((?:(?!{'|'.join(TAGS)}).)*)"  # any text in which no tag stands
+THINK = rf"\s*(?:<THINK>{NO_TAG}</THINK>\s*)?"
+PROPOSAL = rf"(?:<ANSWER>{NO_TAG}</ANSWER>|<FINAL>{NO_TAG}</FINAL>)\s*"
+TURN = re.compile(THINK + PROPOSAL, re.DOTALL)
+
+def parse_turn(task, text, last=None):
+    """What a turn says: (kind, thought, answer).
+
+    kind is "answer", "final" or "bad". thought is None without a THINK. last is the answer before
+    this turn: a revision may be told from there, and a FINAL commits it. So a FINAL is empty or
+    repeats it, and one that holds something else is bad.
+        parse_turn(task, "<THINK>up 1</THINK><ANSWER>4 7</ANSWER>") == ("answer", "up 1", (4, 7))
+        parse_turn(task, "<FINAL></FINAL>", last=(4, 7)) == ("final", None, None)
+    """
+    # Nothing else may stand in a turn, and no tag within another.
+    match = TURN.fullmatch(text)
+    if match is None:
+        return "bad", None, None
+
+    # An ANSWER counts if the task can read it.
+    thought, proposed, final = match.groups()
+    if final is None:
+        answer = task.parse(proposed, last)
+        kind = "bad" if answer is None else "answer"
+        return kind, thought, answer
+
+    # A FINAL counts if there is an answer to commit, and if it names no other.
+    if last is None:
+        return "bad", thought, None
+    commits = not final.strip() or task.parse(final) == last
+    kind = "final" if commits else "bad"
+    return kind, thought, None
+
+@dataclasses.dataclass
+class Turn:
+    """One turn of the policy, and what the user shows after it.
+
+    It keeps the token ids that were sampled. These are trained, never a text that was decoded and
+    encoded again, which may have other ids.
+    """
+    # The sampled ids, with the token that ends a turn, unless it was cut off at policy.max_new.
+    ids: list
+    # For each id: may it enter a loss? In RL all may. In SFT what is taught may.
+    loss_tokens: list
+    # For each id: the log-prob with which it was sampled.
+    logps: list = ()
+    # What `parse_turn` found in the text.
+    kind: str = "answer"
+    thought: str | None = None
+    answer: object = None
+    text: str = ""
+    # What the user says next: ids, and a Picture in their midst. Without feedback there is neither.
+    reply: list = ()
+    picture: object = None
+
+@dataclasses.dataclass
+class Episode:
+    """A conversation about one example: the question, perhaps given turns, and then new turns.
+
+    The new turns are sampled and trained. The given ones belong to a roll-in: they were sampled
+    before, and nothing about them is trained.
+    """
+    example: dict
+    question_ids: list
+    question_picture: object
+    # The rollouts of one start have one number. What stands before their new turns is the same.
+    start: int = 0
+    given: list = dataclasses.field(default_factory=list)
+    turns: list = dataclasses.field(default_factory=list)
+    # What sections 3 and 5 make of a rollout; weights: one for each token of `actions`.
+    reward: float = 0.0
+    advantage: float = 0.0
+    weights: list = ()
+
+    @property
+    def all_turns(self):
+        """Given turns and new turns, in the order in which they were said."""
+        return [*self.given, *self.turns]
+
+    @property
+    def answers(self):
+        """The answers so far, given ones too. A FINAL adds none: it commits the last one."""
+        return [turn.answer for turn in self.all_turns if turn.kind == "answer"]
+
+    @property
+    def opening(self):
+        """(ids, pictures) of all that stands before the first new token."""
+        ids = list(self.question_ids)
+        pictures = [self.question_picture]
+        for turn in self.given:
+            ids += turn.ids
+            ids += turn.reply
+            pictures.append(turn.picture)
+        return ids, pictures
+
+    @property
+    def rest(self):
+        """(ids, pictures) of the new turns and of the feedback between them."""
+        ids = []
+        pictures = []
+        for turn in self.turns:
+            ids += turn.ids
+            ids += turn.reply
+            if turn.picture is not None:
+                pictures.append(turn.picture)
+        return ids, pictures
+
+    @property
+    def actions(self):
+        """The tokens that may enter a loss: for each (its place in the ids of `rest`, its turn).
+
+        Turns count from 1. New turns of 2 tokens and of 1 token, with 3 tokens of feedback between
+        them, give [(0, 1), (1, 1), (5, 2)].
+        """
+        found = []
+        place = 0
+        for number, turn in enumerate(self.turns, 1):
+            for offset, may in enumerate(turn.loss_tokens):
+                if may:
+                    found.append((place + offset, number))
+            place += len(turn.ids) + len(turn.reply)
         return found
-    raise UserError(f"{file}: not a table of settings; for example a line `seed: 3`")
 
-def flatten(values, before=""):
-    """{"rl": {"steps": 3}} -> {"rl.steps": 3}."""
-    flat = {}
-    for key, value in values.items():
-        key = f"{before}{key}"
-        flat |= flatten(value, key + ".") if isinstance(value, dict) else {key: value}
-    return flat
+    @property
+    def sampled_logps(self):
+        """The log-probs with which the new tokens were sampled, as long as `actions` in RL."""
+        return [logp for turn in self.turns for logp in turn.logps]
 
-def check_value(key, value, default, allowed):
-    """`value` (a word, or what YAML made of it) in the type of `default`. UserError if not allowed.
-    allowed: a range `0..1`, words `a|b|c`, `yes|no`, `text`, or `text X`: one that holds X."""
-    text, kind = str(value), type(default)
-    if kind is bool and text.lower() in ("yes", "true", "no", "false"):
-        return text.lower() in ("yes", "true")
-    if kind is str and (text in allowed.split("|")
-                        or allowed[:4] == "text" and allowed[5:] in text):
-        return text
-    if kind in (int, float):
-        low, high = map(float, allowed.split(".."))
-        with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:  # false for nan as well
-                return kind(text)
-    words = allowed.replace("..", " to ").replace("|", ", ") + ", a whole number" * (kind is int)
-    raise UserError(f"{key}={text} is not allowed; allowed: {words}")
+def well_formed(task, turns, unfinished=False):
+    """Whether turns keep to the protocol. What does not is malformed, and earns 0.
 
-# ==================== 2. Tasks ====================================================================
+    Turn 1 is an ANSWER without THINK. Each revision is a THINK and an ANSWER. No ANSWER repeats an
+    earlier one. One FINAL stands at the end, without THINK. With a letter for each turn: A T* F.
+    unfinished: more turns may follow, so that A T* is well-formed as well.
+    """
+    # The form, a letter a turn; x is what fits nowhere.
+    letters = {("answer", False): "A", ("answer", True): "T", ("final", False): "F"}
+    form = ""
+    for turn in turns:
+        has_thought = turn.thought is not None
+        form += letters.get((turn.kind, has_thought), "x")
+    # Both the form and the answers have to be in order.
+    wanted = "(AT*F?)?" if unfinished else "AT*F"
+    answers = [turn.answer for turn in turns if turn.kind == "answer"]
+    return bool(re.fullmatch(wanted, form)) and not repeats(task, answers)
+
+def repeats(task, answers):
+    """Whether two of the answers are the same. Without this rule repeating oneself would pay."""
+    return any(task.same(one, other) for one, other in itertools.combinations(answers, 2))
+
+# ==================== 2. Rollouts =================================================================
+# An episode begins with a question, or with a stored state: a question and the turns that were
+# given. From such a start `play` samples new turns. After each answer the task draws what it does,
+# and the policy goes on from that picture.
+def begin(policy, task, example, start=0, spoken=(), feedback=None, image=None):
+    """An Episode before its first new turn.
+
+    start: its number among the starts of a step. spoken: the ids of each given turn.
+    Probes (section 10) show other feedback to given turns, or another image as the question's.
+    """
+    # The question: a text and its picture.
+    prompt = policy.prompt(*task.question(example))
+    picture = Picture(image or task.image(example), policy.processor)
+    ids = policy.place(prompt.question, picture)
+    episode = Episode(example, ids, picture, start)
+
+    # The given turns, each with the feedback that it gets.
+    for turn_ids in spoken:
+        turn = read_turn(policy, task, episode, turn_ids)
+        reply(policy, task, episode, turn, feedback)
+        episode.given.append(turn)
+    return episode
+
+def read_turn(policy, task, episode, ids, logps=()):
+    """The next Turn of an episode, from its ids. It is bad if it was cut off at policy.max_new."""
+    # A revision may be told from the answer before it.
+    answers = episode.answers
+    last = answers[-1] if answers else None
+    text = policy.decode(ids)
+    kind, thought, answer = parse_turn(task, text, last)
+
+    # What was cut off may look like a turn by chance. It is none.
+    if ids[-1] != policy.end_id:
+        kind, thought, answer = "bad", None, None
+    loss_tokens = [True] * len(ids)
+    return Turn(ids, loss_tokens, logps, kind, thought, answer, text)
+
+def reply(policy, task, episode, turn, feedback=None):
+    """Put the user's reply to an answer into its turn: the feedback picture and a text.
+
+    feedback(example, answer) draws the picture. It is the task's own, but for probes.
+    """
+    # A picture of what the answer does.
+    draw = feedback or task.feedback
+    image = draw(episode.example, turn.answer)
+
+    # The ids that the policy reads: a text with this picture in it.
+    prompt = policy.prompt(*task.question(episode.example))
+    turn.picture = Picture(image, policy.processor)
+    turn.reply = policy.place(prompt.reply, turn.picture)
+
+@torch.no_grad()
+def play(policy, task, starts, samples, max_turns, luck=None, training=False):
+    """Roll out `samples` episodes from every start. Those of one start stand together.
+
+    starts: Episodes without new turns, whose numbers `start` differ. max_turns: of new turns.
+    luck: the random numbers of the rollouts, see `uniforms`; None: greedy, for evaluation.
+    training: end an episode as soon as it is malformed, since it earns 0 whatever follows.
+    """
+    # As many starts at once as policy.rows 256 allows.
+    at_once = max(1, policy.cfg.policy.rows // samples)
+    played = []
+    for first in range(0, len(starts), at_once):
+        # G episodes of each start. They share its opening, and each gets turns of its own.
+        episodes = []
+        for start in starts[first : first + at_once]:
+            for _ in range(samples):
+                episodes.append(dataclasses.replace(start, turns=[]))
+
+        # The random numbers of these episodes.
+        numbers = None
+        if luck is not None:
+            numbers = luck[len(played) : len(played) + len(episodes)]
+        play_together(policy, task, episodes, max_turns, numbers, training)
+        played += episodes
+    return played
+
+def play_together(policy, task, episodes, max_turns, luck, training):
+    """Sample the turns of these episodes, side by side in one batch, until all have ended."""
+    context = policy.open(episodes)
+    # The numbers of the episodes that go on.
+    live = list(range(len(episodes)))
+    for number in range(max_turns):
+        # All that go on say one turn each.
+        numbers = None if luck is None else luck[live, number]
+        spoken = policy.sample(context, numbers)
+
+        # Each turn is parsed and judged, and an answer gets its feedback. Episodes that are equal
+        # so far are one row of the context, and have this turn in common.
+        at_limit = number + 1 == max_turns
+        turns = {}
+        for n, row, (ids, logps) in zip(live, context.rows, spoken):
+            if row not in turns:
+                turns[row] = next_turn(policy, task, episodes[n], ids, logps, at_limit, training)
+            episodes[n].turns.append(turns[row])
+
+        # Those that have ended leave the batch. The others read the feedback.
+        going = [place for place, n in enumerate(live) if episodes[n].turns[-1].picture is not None]
+        if not going:
+            return
+        context.take(going)
+        live = [live[place] for place in going]
+        last_turns = [episodes[n].turns[-1] for n in live]
+        policy.read(context, [(turn.reply, [turn.picture]) for turn in last_turns])
+
+def next_turn(policy, task, episode, ids, logps, at_limit, training):
+    """The next Turn of an episode, from what was sampled. If it goes on, the turn has its reply.
+
+    It ends with a FINAL, with a turn that cannot be parsed, or at the limit of turns; in training
+    also where it is malformed.
+    """
+    turn = read_turn(policy, task, episode, ids, logps)
+    if turn.kind != "answer" or at_limit:
+        return turn
+    turns = [*episode.all_turns, turn]
+    if well_formed(task, turns, unfinished=True) or not training:
+        reply(policy, task, episode, turn)
+    return turn
+
+# ==================== 3. Reward ===================================================================
+def reward(task, episode, *, reflection, bonus, cost, worse, revision):
+    """R of an episode, given answers included. The numbers are the settings `reward`.
+
+        malformed, or the turn limit without FINAL:  R = 0
+        else                                         R = max(R_answer, R_refl) - late
+        R_answer = 1 if the last answer is correct, else 0
+        R_refl   = 0.1 + 0.9 r  [+ bonus r if correct]  - cost turns
+        r        = clip(sum_t w(p_(t+1) - p_t), 0, 1),   w(d) = d if d >= 0 else worse * d
+        late     = revision (answers - 1) if correct, else 0
+
+    p_t is `task.progress` of answer t. Given turns and the FINAL count as turns too. Plain RL
+    (reflection no) has R = R_answer. Defaults in grounding: bonus 0, cost 0, worse 1; in
+    navigation: bonus 0.2, cost 0.05, worse 0.5; in both: revision 0.05.
+
+    Example, navigation: a first answer of no progress (p = 0) is revised to a correct one (p = 1).
+    So r = 1, and three turns give R_refl = 0.1 + 0.9 + 0.2 - 3 * 0.05 = 1.05. That is more than
+    R_answer = 1, and R = 1.05 - 0.05 = 1.00, as much as for being correct at once.
+
+    `late` is not in the paper (its release takes 0.01). Without it an error that is surely mended
+    is free, and a policy may err on purpose.
+    """
+    if not well_formed(task, episode.all_turns):
+        return 0.0
+
+    # R_answer: is the last answer correct?
+    answers = episode.answers
+    correct = task.exact(episode.example, answers[-1])
+    r_answer = float(correct)
+    if not reflection:
+        return r_answer
+
+    # r: how far the answers have come, all in all.
+    p = [task.progress(episode.example, answer) for answer in answers]
+    gain = 0.0
+    for before, after in itertools.pairwise(p):
+        change = after - before
+        gain += change if change >= 0 else worse * change
+    r = min(1.0, max(0.0, gain))
+
+    # R_refl, and what a correct answer loses for coming late.
+    r_refl = 0.1 + 0.9 * r - cost * len(episode.all_turns)
+    late = 0.0
+    if correct:
+        r_refl += bonus * r
+        late = revision * (len(answers) - 1)
+    return max(r_answer, r_refl) - late
+
+# ==================== 4. Buffer ===================================================================
+# Past answers to start roll-ins from. Plain RL rarely sees a correction: late in training nearly
+# all first answers are correct. A buffer of states keeps the failures of the past at hand.
+def state_of(task, episode, store):
+    """The state that a fresh episode leaves in the buffer, or None.
+
+    A state is (example id, ids of each turn, whether the last answer is correct). It ends where
+    the policy had seen the feedback to an answer, and had to commit or correct.
+    store=drawn, the default: after the first wrong answer that got feedback, or else after the
+    last one that did. store=committed, as in the paper: before the FINAL.
+        wrong, correct, FINAL    drawn: (wrong)      committed: (wrong, correct)
+        correct, FINAL           drawn: (correct)    committed: (correct)
+        wrong, malformed         drawn: (wrong)      committed: None
+    """
+    if episode.given:  # a roll-in leaves none: states would grow from states
+        return None
+
+    # The turns that got feedback. They stand at the front, since an episode ends without any.
+    shown = [turn for turn in episode.turns if turn.picture is not None]
+    if not shown:
+        return None
+    verdicts = [task.exact(episode.example, turn.answer) for turn in shown]
+
+    # How many of them belong to the state.
+    length = len(shown)
+    if store == "committed" and episode.turns[-1].kind != "final":
+        return None
+    if store == "drawn" and False in verdicts:
+        length = verdicts.index(False) + 1
+    ids = [turn.ids for turn in shown[:length]]
+    return episode.example["id"], ids, verdicts[length - 1]
+
+class Buffer:
+    """Two queues of states: `wrong` ones to correct, and `correct` ones, to practise stopping too.
+
+    correct_share: the share of correct states, of the `size` places and of what is taken. One
+    queue for both would fill up with correct states as the policy gets better. First in, first
+    out: a state is taken once, or it falls out when its queue is full.
+    """
+    def __init__(self, size, correct_share):
+        places = round(size * correct_share)
+        self.correct_share = correct_share
+        self.correct = deque(maxlen=places)
+        self.wrong = deque(maxlen=size - places)
+
+    def add(self, state):
+        _, _, correct = state
+        queue = self.correct if correct else self.wrong
+        queue.append(state)
+
+    def take(self, rng):
+        """The oldest state of one of the queues, or None where that queue is empty."""
+        queue = self.wrong
+        if rng.random() < self.correct_share:
+            queue = self.correct
+        return queue.popleft() if queue else None
+
+# ==================== 5. Loss =====================================================================
+# REINFORCE: the gradient of E[R] is E[sum_j (R - b) grad log pi(y_j)], summed over the tokens y_j.
+# A baseline b that does not depend on the actions drops out of the expectation, since
+# E[grad log pi] = 0, and it lowers the variance. The mean reward of the other rollouts of the same
+# start is such a baseline.
+#
+# Under prefix masking it does not drop out. Turn t of T new turns is weighted t/T on average, and T
+# depends on what the policy does in turn t and later: a commit ends the episode. So early turns of
+# long episodes count less. This bias is the method's own.
+#
+# Roll-ins need no mask. Their given turns are in no loss, and all rollouts of the start share them:
+# there the baseline holds.
+def turn_weights(group, mask, seed):
+    """Prefix masking (paper: random turn masking): the weights of the rollouts of one start.
+
+    Returns a list for each rollout, with a weight for each token of `actions`. Of T new turns
+        none: all tokens weigh 1
+        random: k ~ U{1..T} is drawn for each rollout; turns k..T weigh 1, those before k weigh 0
+        expected: turn t weighs t/T, the mean of `random`
+    A roll-in weighs 1. Two turns of one token each: random gives [1, 1] or [0, 1], expected
+    [0.5, 1]. seed: a text; with the start and the rollout's place it decides k.
+    """
+    weights = []
+    for place, rollout in enumerate(group):
+        # The weight of each turn.
+        total = len(rollout.turns)
+        of_turn = [1.0] * total
+        if mask == "random" and not rollout.given:
+            k = random.Random(f"{seed} {rollout.start} {place}").randint(1, total)
+            of_turn = [float(t >= k) for t in range(1, total + 1)]
+        if mask == "expected" and not rollout.given:
+            of_turn = [t / total for t in range(1, total + 1)]
+
+        # A token weighs what its turn weighs.
+        weights.append([of_turn[t - 1] for _, t in rollout.actions])
+    return weights
+
+def advantages(rewards, std_norm=False):
+    """A_i = R_i - mean reward of the other rollouts of its group: (N, G) -> (N, G).
+
+    This equals G / (G - 1) times (R_i - mean of all G). Rewards 1, 0, 0 give 1, -0.5, -0.5.
+    std_norm: divided by the group's standard deviation too, as in GRPO.
+    """
+    # In fp32 the mean of equal numbers may differ from them.
+    rewards = rewards.double()
+    group = rewards.shape[1]
+    centred = rewards - rewards.mean(1, keepdim=True)
+    found = centred * group / (group - 1)
+    if std_norm:
+        found = found / (rewards.std(1, keepdim=True) + 1e-6)
+    return found
+
+def kl_terms(logp, reference):
+    """q - log q - 1 of each token, q = pi_SFT / pi: (tokens,) -> (tokens,).
+
+    The mean of its value is KL(pi || pi_SFT). Its gradient is that of KL(pi_SFT || pi), as in GRPO.
+    """
+    log_q = reference - logp
+    return log_q.exp() - log_q - 1
+
+def policy_loss(episodes, logps, rollouts, references=None, kl=0.0):
+    """L = 1/N sum_i [ - A_i sum_j m_ij log pi(y_ij)  +  kl sum_j (q_ij - log q_ij - 1) ].
+
+    logps, references: a (tokens,) tensor for each episode, which holds A_i and its weights m_ij.
+    rollouts: N, of the whole step, so that the losses of its micro-batches add up to its loss.
+
+    N does not depend on the mask. Divided by the tokens in the loss, which depend on k, `random`
+    would not average to `expected`. The KL term holds on masked turns too, or they could drift.
+    """
+    loss = 0.0
+    for number, (episode, logp) in enumerate(zip(episodes, logps)):
+        weights = logp.new_tensor(episode.weights)
+        loss = loss - episode.advantage * (weights * logp).sum()
+        if kl:
+            loss = loss + kl * kl_terms(logp, references[number]).sum()
+    return loss / rollouts
+
+# ==================== 6. The loop =================================================================
+def rl(policy, task, cfg, run):
+    """The algorithm at the head of this file, from the SFT model `policy`.
+
+    run: the folder that keeps log and checkpoints; a run that was stopped goes on from the last
+    one. With several workers each plays a share of the starts, and gradients are summed; alone,
+    `share` and `gather` hand back what they are given. Returns how many updates were made.
+    """
+    settings = cfg.rl
+    samples = settings.samples  # G
+    rollouts = settings.questions * samples  # N
+    questions = {example["id"]: example for example in task.examples("train")}
+    optimizer = AdamW(policy)
+    buffer = Buffer(cfg.buffer.size, cfg.buffer.correct_share)
+    for step in run.steps("rl", settings.steps, optimizer, buffer):
+        # All that is random in a step hangs on this text, and not on what came before. So a run
+        # that was stopped goes on as if it had not been.
+        seed = f"{cfg.seed} {step}"
+
+        # 1. Starts: a question, or a state in which the policy had to commit or correct. A roll-in
+        #    comes in the place of a question, and where its queue is empty the question stays.
+        rng = random.Random(seed)
+        plan = []
+        for question in batch_of(list(questions), settings.questions, step, cfg.seed):
+            state = None
+            if rng.random() >= settings.rho:
+                state = buffer.take(rng)
+            plan.append(state or (question, (), None))
+        starts = []
+        for number, state in share(list(enumerate(plan))):
+            question, spoken, _ = state
+            start = begin(policy, task, questions[question], number, spoken)
+            starts.append(start)
+
+        # 2. G rollouts from each start, turn by turn. What is sampled hangs on seed, step, start
+        #    and rollout alone.
+        most = settings.max_turns
+        names = [f"{seed} {start.start}" for start in starts]
+        luck = uniforms(policy, names, samples, most)
+        episodes = play(policy, task, starts, samples, most, luck, training=True)
+        run.lap("sampling")
+
+        # 3. Rewards, the advantage of each rollout within its group, and prefix masking.
+        for episode in episodes:
+            episode.reward = reward(task, episode, **vars(cfg.reward))
+        for first in range(0, len(episodes), samples):
+            group = episodes[first : first + samples]
+            rewards = torch.tensor([[rollout.reward for rollout in group]])
+            advantage = advantages(rewards, settings.std_norm)[0]
+            weights = turn_weights(group, settings.mask, seed)
+            for place, rollout in enumerate(group):
+                rollout.advantage = advantage[place].item()
+                rollout.weights = weights[place]
+
+        # 4. The gradient, a micro-batch at a time, for memory. Where A is 0, as in groups of equal
+        #    rewards, a rollout teaches nothing. It is left out, of the KL term too (as in the
+        #    paper).
+        kept = [episode for episode in episodes if abs(episode.advantage) > 1e-6]
+        sums = Counter()
+        for part in micro_batches(kept, cfg.policy.micro):
+            logps, entropies = policy.log_probs(part)
+            references = policy.reference_log_probs(part) if settings.kl else None
+            loss = policy_loss(part, logps, rollouts, references, settings.kl)
+            loss.backward()
+            sums.update(update_figures(part, logps, entropies, references))
+
+        # 5. One step, at a rate that rises and then falls. Where no rollout of any worker has an
+        #    advantage it is skipped: Adam's momentum alone would still move the weights.
+        rise = step / 20
+        fall = 1 - 0.9 * (step - 20) / max(1, settings.steps - 20)
+        rate = settings.lr * min(rise, fall)
+        skipped = not any(gather([bool(kept)]))
+        norm = 0.0 if skipped else optimizer.step(rate)
+        run.lap("updating")
+
+        # 6. States for later roll-ins, and a line in the log.
+        states = [state_of(task, episode, cfg.buffer.store) for episode in episodes]
+        for state in gather(states):
+            if state is not None:
+                buffer.add(state)
+        outcomes = [outcome(task, episode) for episode in episodes]
+        run.log(
+            **health(gather(outcomes)),
+            **update_averages(gather([sums]), rollouts),
+            wrong_states=len(buffer.wrong),
+            correct_states=len(buffer.correct),
+            skipped=int(skipped),
+            grad_norm=norm,
+            lr=rate,
+        )
+    return optimizer.steps.item()
+
+# ################################ Part II: what the method stands on ################################
+
+# ==================== 7. Policy ===================================================================
+# Version 5.24 of the library renamed the argument that takes the cache of keys and values.
+CACHE_NAMES = inspect.signature(Qwen3VLTextModel.forward).parameters
+CACHE = "cache" if "cache" in CACHE_NAMES else "past_key_values"
+MARK = "\ue000"  # stands for the policy's words in a chat template; a character that no text has
+TAG = re.compile(f"({'|'.join(TAGS)})")
+Prompt = namedtuple("Prompt", "question end_id reply")  # see Policy.prompt
+
+def recompute(function, *inputs):
+    """function(*inputs), computed again in the backward pass instead of keeping what it made."""
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+def size_seen(size, processor):
+    """(width, height) in pixels that an image of this size has when the model sees it."""
+    width, height = size
+    token_side = processor.patch_size * processor.merge_size
+    least, most = processor.size["shortest_edge"], processor.size["longest_edge"]  # in all, pixels
+    height, width = qwen_images.smart_resize(height, width, token_side, least, most)
+    return width, height
+
+class Picture:
+    """An image as the vision tower takes it.
+
+    grid: visual tokens (down, across). patches: uint8 (down * across * merge^2, 3, patch^2) in the
+    library's order: the merge^2 patches of a token stand together. patch_grid: (frames, rows,
+    columns) of patches. features: what a frozen vision tower made of it, kept for the next time.
+    """
+    def __init__(self, image, processor):
+        patch, merge = processor.patch_size, processor.merge_size
+        width, height = size_seen(image.size, processor)
+        down, across = height // (patch * merge), width // (patch * merge)
+        pixels = np.asarray(image.resize((width, height), processor.resample))
+        pixels = pixels.reshape(down, merge, patch, across, merge, patch, 3)
+        pixels = pixels.transpose(0, 3, 1, 4, 6, 2, 5)
+        self.patches = pixels.reshape(-1, 3, patch * patch)
+        self.grid = (down, across)
+        self.patch_grid = (1, down * merge, across * merge)
+        self.features = None
+
+    @property
+    def tokens(self):
+        return math.prod(self.grid)
+
+class Context:
+    """Conversations as far as the model has read them. Those that are equal so far are one row of
+    the batch: conversation n is row `rows[n]` of B. A policy that is sure says few different things,
+    so this saves most of the work.
+
+    Rows of different length share columns: where a row has no token, `valid` (B, L) is False, and
+    attention skips the column. position (B,): the next M-RoPE position. last (B, D): the hidden
+    state that predicts a row's next token. cache: keys and values of all columns.
+    """
+    def __init__(self, rows, device):
+        self.rows = list(range(rows))
+        self.cache = transformers.DynamicCache()
+        self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=device)
+        self.position = torch.zeros(rows, dtype=torch.long, device=device)
+        self.last = None
+
+    def take(self, conversations):
+        """Keep these conversations, in this order."""
+        self.group([(self.rows[n], None) for n in conversations])
+
+    def group(self, keys):
+        """Conversations of equal keys are one row from now on. keys: for each conversation (its row
+        so far, what it says next). Returns the key of each row."""
+        number = {}
+        for key in keys:
+            number.setdefault(key, len(number))
+        self.rows = [number[key] for key in keys]
+        old = [row for row, _ in number]
+        if old != list(range(len(self.valid))):
+            old = torch.tensor(old, device=self.valid.device)
+            self.cache.batch_select_indices(old)
+            self.valid, self.position = self.valid[old], self.position[old]
+            self.last = self.last.index_select(0, old)
+        return list(number)
+
+    def add_columns(self, new):
+        """Make room for W tokens a row, `new` (B, W). Returns the attention mask (B, 1, W, L + W):
+        a new token sees what came before it in its row, and itself."""
+        past, width = self.valid.shape[1], new.shape[1]
+        self.valid = torch.cat([self.valid, new], 1)
+        column = torch.arange(past + width, device=new.device)
+        not_later = column <= column[past:, None]
+        return self.valid[:, None, None, :] & not_later
+
+    def advance(self, new, positions, hidden):
+        """Move on behind the last new token of each row; a row without one stays where it is.
+        positions (3, B, W) and hidden (B, W, D) are those of the new tokens."""
+        row = torch.arange(len(new), device=new.device)
+        end = (new.sum(1) - 1).clamp(min=0)
+        has_new = new.any(1)
+        after = positions.amax(0)[row, end] + 1
+        self.position = torch.where(has_new, after, self.position)
+        last = hidden[row, end]
+        if self.last is not None:
+            last = torch.where(has_new[:, None], last, self.last)
+        self.last = last
+
+class Adapters:
+    """Low-rank adapters, for small cards (Hu et al., arXiv 2106.09685).
+
+    Each linear map of the language model computes W x + B A x. A (rank, in) and B (out, rank)
+    alone are trained, and B is 0 at first. While `on` is False it computes W x.
+    """
+    def __init__(self, model, rank):
+        torch.manual_seed(0)  # the same in all workers
+        self.on = True
+        model.requires_grad_(False)
+        for linear in model.model.language_model.layers.modules():
+            if isinstance(linear, torch.nn.Linear):
+                weight = linear.weight
+                a = torch.randn_like(weight.new_empty(rank, linear.in_features))
+                linear.a = torch.nn.Parameter(a / linear.in_features ** 0.5)
+                linear.b = torch.nn.Parameter(weight.new_zeros(linear.out_features, rank))
+                linear.register_forward_hook(self.add)
+
+    def add(self, linear, inputs, output):
+        if not self.on:
+            return output
+        return output + (inputs[0] @ linear.a.T) @ linear.b.T
+
+class Policy:
+    """A Qwen2.5-VL or Qwen3-VL model with its tokenizer and image processor.
+
+    `sample` and `log_probs` both read with `extend` and score with `log_softmax`. So the log-probs
+    that are trained are those of sampling, but for rounding: `off_policy` in the log watches it.
+    """
+    def __init__(self, model, tokenizer, processor, cfg):
+        self.model, self.tokenizer, self.processor, self.cfg = model, tokenizer, processor, cfg
+        self.device = next(model.parameters()).device
+        self.image_id = model.config.image_token_id
+        self.reference = None  # a frozen copy of the SFT model, for the KL term
+        self.adapters = Adapters(model, cfg.policy.lora) if cfg.policy.lora else None
+        frozen = cfg.policy.freeze_vision or cfg.policy.lora > 0
+        model.model.visual.requires_grad_(not frozen)
+        self.keep_features = frozen and not is_large(model)
+        self.prompts = {}  # few texts, many calls
+        self.end_id = self.prompt("", "").end_id
+        # Only plain tokens and the end of a turn can be sampled. A sampled image placeholder would
+        # shift the positions of all that follows; ids beyond the tokenizer's have no text.
+        vocabulary = model.get_output_embeddings().weight.shape[0]
+        banned = {*tokenizer.all_special_ids, self.image_id, *range(len(tokenizer), vocabulary)}
+        self.banned = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
+        self.banned[sorted(banned - {self.end_id})] = True
+
+    # ---------- texts and ids
+
+    def encode(self, text):
+        """Token ids. Tags are encoded apart, since a tokenizer may join '>' with what follows."""
+        ids = []
+        for piece in TAG.split(text):
+            if piece:
+                ids += self.tokenizer.encode(piece, add_special_tokens=False)
+        return ids
+
+    def decode(self, ids):
+        """The text of a turn, without the token that ends it."""
+        return self.tokenizer.decode([i for i in ids if i != self.end_id])
+
+    def prompt(self, question, reply):
+        """What the chat template writes around the policy's turns, as a Prompt of ids.
+
+        question: all before its first turn. end_id: what ends a turn. reply: all between the end
+        of a turn and the next turn. An image is one placeholder in it, see `place`.
+        """
+        if (question, reply) not in self.prompts:
+            self.prompts[question, reply] = self.make_prompt(question, reply)
+        return self.prompts[question, reply]
+
+    def make_prompt(self, question, reply):
+        def text(words):
+            check_text(self.tokenizer, f"{words!r}", words)
+            return {"type": "text", "text": words}
+
+        def message(role, *content):
+            return {"role": role, "content": content}
+
+        def write(messages):
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True)
+
+        image, system = {"type": "image"}, self.cfg.policy.system
+        asked = [message("system", text(system))] if system else []
+        asked.append(message("user", text(question), image))
+        mark = {"type": "text", "text": MARK}
+        said = [message("assistant", mark), message("user", image, text(reply))]
+        before, after = write(asked + said).split(MARK)
+        if before != write(asked):
+            raise UserError(f"model={self.cfg.model}: its chat template opens a turn otherwise "
+                            "than it writes one down, as those of thinking models do")
+        before, after = self.tokenizer([before, after], add_special_tokens=False)["input_ids"]
+        return Prompt(before, after[0], after[1:])
+
+    def place(self, ids, picture):
+        """`ids` with the one image placeholder repeated for each visual token of the picture."""
+        at = ids.index(self.image_id)
+        return ids[:at] + [self.image_id] * picture.tokens + ids[at + 1 :]
+
+    # ---------- reading
+
+    def encode_pictures(self, pictures):
+        """[(visual tokens (down * across, D), their DeepStack features), ...], one a picture."""
+        missing = [p for p in dict.fromkeys(pictures) if p.features is None]
+        # About 4096 visual tokens go through the vision tower at once.
+        largest = max([p.tokens for p in missing], default=1)
+        at_once = max(1, 4096 // largest)
+        for first in range(0, len(missing), at_once):
+            self.look(missing[first : first + at_once])
+        found = [p.features for p in pictures]
+        if not self.keep_features:
+            for picture in missing:
+                picture.features = None
+        return found
+
+    def look(self, pictures):
+        """Let the vision tower make the `features` of these pictures."""
+        patches = np.concatenate([p.patches for p in pictures])
+        x = torch.from_numpy(patches).to(self.device).float() / 255
+        scale = [self.processor.image_mean, self.processor.image_std]
+        mean, std = torch.tensor(scale, device=self.device)[:, :, None]
+        x = ((x - mean) / std).to(self.model.dtype)
+        # A still image is a video of equal frames: (N, 3, frames, patch^2).
+        x = torch.stack([x] * self.processor.temporal_patch_size, 2)
+        grids = torch.tensor([p.patch_grid for p in pictures], device=self.device)
+        out = self.model.model.get_image_features(x.flatten(1), grids, return_dict=True)
+        levels = []  # of DeepStack, each split by picture
+        for level in getattr(out, "deepstack_features", None) or ():
+            whole = level if torch.is_tensor(level) else torch.cat(level)
+            levels.append(whole.split([p.tokens for p in pictures]))
+        for number, picture in enumerate(pictures):
+            picture.features = out.pooler_output[number], [level[number] for level in levels]
+
+    def read(self, context, texts):
+        """Let each conversation read on. texts: for each (ids, never empty, and pictures).
+
+        Returns hidden states (B, 1 + W, D), W being the longest text; short ones are padded.
+        Column j predicts token j, and what stands behind the last token predicts what comes next.
+        """
+        keys = [(row, tuple(ids)) for row, (ids, _) in zip(context.rows, texts)]
+        shown = {key: pictures for key, (_, pictures) in zip(keys, texts)}
+        keys = context.group(keys)
+        ids = [torch.tensor(ids, device=self.device) for _, ids in keys]
+        ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
+        pictures = [picture for key in keys for picture in shown[key]]
+        before = context.last
+        hidden = self.extend(context, ids.clamp(min=0), ids >= 0, pictures)
+        if before is None:
+            return hidden
+        return torch.cat([before[:, None], hidden], 1)
+
+    def extend(self, context, ids, new, pictures=()):
+        """Let the model read `ids` (B, W) where `new` (B, W) is True, after what `context` holds.
+
+        In a row of `new` True comes first, then False. pictures: those of row 0, of row 1, ...
+        The context grows. Returns the hidden states (B, W, D).
+        """
+        embeds, deepstack = self.embed(ids, new, pictures)
+        positions = self.steps_of(ids, new, pictures) + context.position[:, None]
+        mask = context.add_columns(new)
+        hidden = self.model.model.language_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=True,
+            **{CACHE: context.cache}, **deepstack).last_hidden_state
+        context.advance(new, positions, hidden)
+        return hidden
+
+    def embed(self, ids, new, pictures):
+        """(embeddings (B, W, D), more arguments of the language model), pictures in their places."""
+        embeds = self.model.get_input_embeddings()(ids)
+        if not pictures:
+            return embeds, {}
+        seen = ids.eq(self.image_id) & new
+        visual, deep = zip(*self.encode_pictures(pictures))
+        visual = torch.cat(visual).to(embeds.dtype)
+        embeds = embeds.masked_scatter(seen[..., None], visual)
+        if not deep[0]:
+            return embeds, {}
+        # Qwen3-VL adds deeper visual features to its first layers.
+        levels = [torch.cat(level) for level in zip(*deep)]
+        return embeds, {"visual_pos_masks": seen, "deepstack_visual_embeds": levels}
+
+    def steps_of(self, ids, new, pictures):
+        """M-RoPE positions (3, B, W), counted from the first new token of a row.
+
+        A text token takes one step on all three axes. An image's tokens keep the time axis and
+        spread over rows and columns; the text after it goes on from the larger side.
+        """
+        if not pictures:
+            return (new.long().cumsum(1) - 1).expand(3, *ids.shape)
+        is_image = ids.eq(self.image_id) & new
+        grids = torch.tensor([p.patch_grid for p in pictures])
+        positions, _ = self.model.model.get_rope_index(
+            ids.cpu(), mm_token_type_ids=is_image.int().cpu(), attention_mask=new.cpu(),
+            image_grid_thw=grids)
+        return positions.to(self.device)
+
+    def open(self, episodes):
+        """A Context that holds the opening of each episode. That of a start is read once."""
+        openings = {e.start: e.opening for e in episodes}
+        context = Context(len(openings), self.device)
+        self.read(context, list(openings.values()))
+        starts = list(openings)
+        context.take([starts.index(e.start) for e in episodes])
+        return context
+
+    # ---------- sampling and scoring
+
+    def log_softmax(self, hidden):
+        """Log-probs (..., V) of the next token at the sampling temperature, banned ones -inf."""
+        logits = self.model.get_output_embeddings()(hidden).float() / self.cfg.policy.temperature
+        return logits.masked_fill(self.banned, -torch.inf).log_softmax(-1)
+
+    @torch.no_grad()
+    def sample(self, context, luck=None):
+        """One turn for each conversation: a list of (ids, log-probs).
+
+        luck: (conversations, policy.max_new) numbers in [0, 1) that decide the tokens, so that none
+        depends on its neighbours; None: greedy. UserError if the first log-probs are not finite.
+        """
+        tokens, logps = [], []
+        done = torch.zeros(len(context.rows), dtype=torch.bool, device=self.device)
+        for place in range(self.cfg.policy.max_new):
+            logp = self.log_softmax(context.last)[context.rows]
+            token = logp.argmax(-1) if luck is None else pick(logp, luck[:, place])
+            tokens.append(torch.where(done, -1, token))
+            logps.append(logp.gather(1, token[:, None])[:, 0])
+
+            # Conversations of one row that say different tokens part. The end token is read too.
+            keys = context.group(list(zip(context.rows, tokens[-1].tolist())))
+            said = torch.tensor([token for _, token in keys], device=self.device)[:, None]
+            self.extend(context, said.clamp(min=0), said >= 0)
+            done = done | (token == self.end_id)
+            if done.all():
+                break
+        if not torch.isfinite(logps[0]).all():
+            raise UserError("the policy's log-probs are not finite: lower the learning rate")
+        tokens, logps = torch.stack(tokens, 1), torch.stack(logps, 1)
+        lengths = (tokens >= 0).sum(1).tolist()
+        rows = zip(lengths, tokens.tolist(), logps.tolist())
+        return [(ids[:length], logp[:length]) for length, ids, logp in rows]
+
+    def log_probs(self, episodes):
+        """Log-probs, with gradients, and entropies of the episodes' `actions`: two lists of
+        (tokens,) tensors, one an episode. Equal episodes get the same tensors."""
+        context = self.open(episodes)
+        hidden = self.read(context, [e.rest for e in episodes])
+        distinct = dict(zip(context.rows, episodes))  # row: an episode, in the order of rows
+        places = [(row, column) for row, e in distinct.items() for column, _ in e.actions]
+        taken = [distinct[row].rest[0][column] for row, column in places]
+        taken = torch.tensor(taken, device=self.device)
+        rows, columns = torch.tensor(places, device=self.device).T
+        wanted = hidden[rows, columns]
+
+        # Logits only where the loss looks, 256 tokens at a time, and computed again in the
+        # backward pass: with a real vocabulary they take 0.6 MB a token.
+        parts = zip(wanted.split(256), taken.split(256))
+        scored = [recompute(self.score, *part) for part in parts]
+        counts = [len(e.actions) for e in distinct.values()]
+        logps, entropies = [torch.cat(values).split(counts) for values in zip(*scored)]
+        return [logps[row] for row in context.rows], [entropies[row] for row in context.rows]
+
+    def score(self, hidden, taken):
+        """Log-probs of the tokens taken (N,) and entropies (N,), from hidden states (N, D)."""
+        logp = self.log_softmax(hidden)
+        with torch.no_grad():  # a figure for the log
+            entropy = -(logp.exp() * logp.masked_fill(self.banned, 0)).sum(-1)
+        return logp.gather(1, taken[:, None])[:, 0], entropy
+
+    @torch.no_grad()
+    def reference_log_probs(self, episodes):
+        """Those of the SFT model: of `reference`, or with adapters of this model without them."""
+        if self.adapters is None:
+            return self.reference.log_probs(episodes)[0]
+        with self.without_adapters():
+            return self.log_probs(episodes)[0]
+
+    @contextlib.contextmanager
+    def without_adapters(self):
+        self.adapters.on = False
+        try:
+            yield
+        finally:
+            self.adapters.on = True
+
+    def save(self, folder):
+        """Write a Hugging Face folder, whole or not at all; adapters are merged into it."""
+        state = self.model.state_dict()
+        for a in [name for name in state if name.endswith(".a")]:
+            linear = a.removesuffix(".a")
+            change = state.pop(f"{linear}.b") @ state.pop(a)
+            state[f"{linear}.weight"] = state[f"{linear}.weight"] + change
+        with written_whole(folder) as temporary:
+            self.model.save_pretrained(temporary, state_dict=state)
+            self.tokenizer.save_pretrained(temporary)
+            self.processor.save_pretrained(temporary)
+
+def pick(logp, luck):
+    """The first token (B,) at which the summed probability passes a number of luck (B,)."""
+    total = logp.to(luck.dtype).exp().cumsum(-1)
+    token = torch.searchsorted(total, luck[:, None] * total[:, -1:], right=True)
+    return token[:, 0].clamp(max=logp.shape[-1] - 1)
+
+def uniforms(policy, names, samples, turns):
+    """Numbers in [0, 1) that decide what is sampled: (len(names) * samples, turns, policy.max_new).
+    They depend on the names alone, such as "seed step number": not on workers, nor on stops."""
+    size = (len(names), samples, turns, policy.cfg.policy.max_new)
+    numbers = torch.empty(size, dtype=torch.float64)
+    for of_name, name in zip(numbers, names):
+        seed = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
+        of_name.uniform_(generator=torch.Generator().manual_seed(seed))
+    return numbers.flatten(0, 1).to(policy.device)
+
+# ---------- loading a model
+
+def source_of(name):
+    """What `model=` names: a folder, as it stands or beside this file, of a model or of a run; or a
+    hub name."""
+    folder = Path(name) if Path(name).is_dir() else HERE / name
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"model={name} holds adapters alone: merge them into their base first")
+    for place in (folder, folder / "model"):  # a run keeps its model in there
+        if (place / "config.json").is_file():
+            return str(place)
+    if folder.exists() or not re.fullmatch(r"(?!assets/|runs/)[\w-][\w.-]*/[\w.-]+", name):
+        raise UserError(f"model={name}: no folder with a config.json; name a Hugging Face folder")
+    return name
+
+@contextlib.contextmanager
+def cannot_load(source):
+    try:
+        yield
+    except Exception as error:  # half a download, another architecture: many kinds
+        line = (str(error) or repr(error)).splitlines()[0]
+        raise UserError(f"model={source} cannot be loaded: {line}") from None
+
+@functools.lru_cache
+def load_parts(source):
+    """(tokenizer, image processor). The processor's class needs no torchvision."""
+    with cannot_load(source):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        if "image" not in str(tokenizer.chat_template):  # some releases keep it for the processor
+            file = transformers.utils.cached_file(source, "chat_template.json")
+            tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
+        return tokenizer, qwen_images.Qwen2VLImageProcessorPil.from_pretrained(source)
+
+def check_text(tokenizer, name, text):
+    """UserError if a text holds what the tokenizer would take for a special token."""
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    for token in [*special, MARK]:
+        if token in text:
+            raise UserError(f"{name} holds {token!r}, which means something else to the model")
+
+def check_parts(name, model, tokenizer, processor, missing):
+    """UserError if the parts of a model would give nonsense together: the library would make up
+    what is missing. missing: names of tensors that the files lack."""
+    vision, rows = model.config.vision_config, len(model.get_input_embeddings().weight)
+    sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
+    other = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
+    broken = [n for n, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    for fault, text in (
+            (missing, f"its files lack {len(missing)} tensors, such as {missing[:1]}"),
+            (sizes != other, f"patch, merge and frames are {sizes} in the model, {other} in its "
+                             "image processor"),
+            (len(tokenizer) > rows, f"its tokenizer has {len(tokenizer)} words, its embedding {rows}"),
+            (broken, f"its weight {broken[:1]} is not finite")):
+        if fault:
+            raise UserError(f"model={name}: {text}")
+
+def device_of(cfg):
+    """The device of this worker. UserError if it is not there."""
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    there = torch.cuda.device_count()
+    if cfg.device == "cpu" or cfg.device == "auto" and not there:
+        return torch.device("cpu")
+    if number < there:
+        return torch.device("cuda", number)
+    raise UserError(f"torch sees {there} GPUs, and worker {number} (from 0) needs one: lower "
+                    "--nproc-per-node, or give device=cpu")
+
+def load_policy(name, cfg):
+    """A Policy from a Hugging Face folder or hub name, on cfg.device. UserError if it fails."""
+    source, device = source_of(name), device_of(cfg)
+    dtype = cfg.policy.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" else "float32"
+    with cannot_load(source):
+        kind = transformers.AutoConfig.from_pretrained(source).model_type
+        if kind not in ("qwen3_vl", "qwen2_5_vl"):
+            raise ValueError(f"it is a {kind}, and this program knows qwen3_vl and qwen2_5_vl")
+        model, about = transformers.AutoModelForImageTextToText.from_pretrained(
+            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
+    tokenizer, processor = load_parts(source)
+    check_parts(name, model, tokenizer, processor, sorted(about["missing_keys"]))
+    if is_large(model):
+        for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
+            change_class(layer, Checkpointed)
+    change_class(model.model.visual.patch_embed.proj, LinearPatches)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew at each new length
+    return Policy(model.to(device).eval(), tokenizer, processor, cfg)
+
+def is_large(model):
+    """Whether memory matters more than time: layers and pictures are then computed again."""
+    return sum(p.numel() for p in model.parameters()) > 100_000_000
+
+def change_class(module, mixin):
+    """Let `mixin` come before the class of this one module. A forward that is stored in the module
+    would refer back to it, and then nothing but a garbage collection would free its weights."""
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (mixin, kind), {})
+
+class LinearPatches:
+    """The patch embedding as the linear map that it is, since its stride is its kernel. On a GPU
+    this is twice as fast."""
+    def forward(self, patches):
+        return torch.nn.functional.linear(patches.flatten(1), self.weight.flatten(1), self.bias)
+
+class Checkpointed:
+    """Gradient checkpointing of a layer: only its input is kept for the backward pass.
+
+    The library's own switch takes away the cache, which holds the opening that episodes share.
+    Here the layer gets a cache of its own, so that computing it twice has no side effect. What is
+    new in it joins the real one afterwards.
+    """
+    def forward(self, hidden, **rest):
+        layer = super().forward
+        cache = rest.pop(CACHE, None)
+        if cache is None:  # the vision tower has none
+            return recompute(functools.partial(layer, **rest), hidden)
+        if not torch.is_grad_enabled():
+            return layer(hidden, **rest, **{CACHE: cache})
+        number = self.self_attn.layer_idx
+        past = cache.get_seq_length(number)
+
+        def run(hidden, *old):
+            own = transformers.DynamicCache()
+            if old:
+                own.update(*old, number)
+            hidden = layer(hidden, **rest, **{CACHE: own})
+            keys, values = own.layers[number].keys, own.layers[number].values
+            return hidden, keys[:, :, past:], values[:, :, past:]
+
+        old = []
+        if past:
+            old = [cache.layers[number].keys, cache.layers[number].values]
+        hidden, keys, values = recompute(run, hidden, *old)
+        cache.update(keys, values, number)
+        return hidden
+
+# ==================== 8. Tasks ====================================================================
 class Task:
     """What the model learns. A new task is a subclass, an entry in TASKS and a row in config.yaml.
-    Its own texts are settings: add their names to the list in Policy.__init__ (section 4) too.
 
     An *example* is a dict with id, image (a path), size (width, height) and what the rules need.
     An *answer* is a tuple, which `parse` makes of the text inside <ANSWER>. Write
         __init__(cfg)               super().__init__(cfg, plan, make), as Grounding does
         question(example)           (text before the picture, text after each feedback picture)
         parse(text, last=None)      answer, or None; last: the answer that this one revises
-        exact(example, answer)      whether it is right
+        exact(example, answer)      whether it is correct
         progress(example, answer)   p in [0, 1], which the reflection reward credits
-        feedback(example, answer, mark=True)   PIL image; mark=False: without the mark (probes)
-    and, for demonstrations, right(example, rng) and wrong(example, rng), an answer each, and
-    thought(example, answer), the words for what the feedback to a wrong answer shows. `check`,
-    `same` (a repetition earns nothing) and `say` may be written anew."""
+        feedback(example, answer)   PIL image of what the answer does
+    and, for demonstrations,
+        solution(example, rng)      a correct answer
+        mistake(example, rng)       another answer, most often a wrong one
+        thought(example, answer)    the words for what the feedback to a wrong answer shows
+    `check`, `same` (a repetition earns nothing) and `say` may be written anew."""
     splits = ("id",)
     empty_final = False  # whether demonstrations commit with <FINAL></FINAL>
 
@@ -145,56 +1219,75 @@ class Task:
         (record, PIL image). The record, with id, image and size added, is an example."""
         if Path(cfg.data).is_file():
             raise UserError(f"data={cfg.data} is a file: it needs task=points")
-        name = data_prep.digest_of([plan, data_prep.digest(HERE / "data_prep.py")])
-        self.cfg, self.folder = cfg, Path(cfg.data) / f"{cfg.task}-{name}"
-        self.splits = [key.removeprefix("test_") for key in plan if key.startswith("test_")]
+        code = data_prep.code_digest(HERE / "data_prep.py")
+        self.cfg = cfg
+        self.folder = Path(cfg.data) / f"{cfg.task}-{data_prep.digest_of([plan, code])}"
+        self.splits = [part.removeprefix("test_") for part in plan if part.startswith("test_")]
         data_prep.make_folder(self.folder, cfg.task, plan, make)
 
     def examples(self, split):
         return data_prep.read_examples(self.folder / f"{split}.jsonl", self.check)
+
     def check(self, example):
         """UserError unless the record of a data file can be used."""
+
     def image(self, example):
         return data_prep.cached_image(self.folder / example["image"])
+
     def same(self, answer, other):
         return answer == other
+
     def say(self, answer, last=None):
         """The text that states an answer, so that `parse` reads it."""
-        return " ".join(map(str, answer))
+        return " ".join(str(part) for part in answer)
 
     def demonstrations(self):
-        """SFT traces: a list of (example, turns). A turn is (text, taught), `taught` being the
-        leading part of the text that enters the loss. Wrong answers are context, never taught.
-        In this one the target is at 1 1; the second column says what is taught.
-            <ANSWER>2 3</ANSWER>                                nothing
-            <THINK>left 1 up 2</THINK><ANSWER>up 1</ANSWER>     the THINK (2 2 is wrong too)
-            <THINK>left 1 up 1</THINK><ANSWER>left 1 up 1</ANSWER>      all
-            <FINAL></FINAL>                                             all
+        """SFT traces: a list of (example, turns). A turn is (taught, context): its text in two
+        parts, of which the first enters the loss. Wrong answers are context, never taught.
+        In this one the target is at 1 1, and 2 2 is wrong too:
+            taught                                                     context
+                                                                       <ANSWER>2 3</ANSWER>
+            <THINK>left 1 up 2</THINK>                                 <ANSWER>up 1</ANSWER>
+            <THINK>left 1 up 1</THINK><ANSWER>left 1 up 1</ANSWER>
+            <FINAL></FINAL>
         A share sft.multi_share 0.5 has 1 to 4 wrong answers; the others are right at once."""
-        found, rng = [], random.Random("demonstrations")
+        rng = random.Random("demonstrations")
+        found = []
         for example in self.examples("train")[: self.cfg.make.traces]:
-            answers, wanted = [self.right(example, rng)], 0
+            solution, wanted = self.solution(example, rng), 0
             if rng.random() < self.cfg.sft.multi_share:
-                wanted = rng.choices((1, 2, 3, 4), (4, 3, 2, 1))[0]
-            for _ in range(100 * wanted):  # a box may leave little room for wrong answers
-                new = self.wrong(example, rng)
-                if not self.exact(example, new) and not any(self.same(new, a) for a in answers):
-                    answers.insert(0, new)
-                if len(answers) > wanted:
-                    break
-            turns = []
-            for last, answer in zip([None, *answers], answers):
-                think = f"<THINK>{self.thought(example, last)}</THINK>" if turns else ""
-                text = f"{think}<ANSWER>{self.say(answer, last)}</ANSWER>"
-                turns.append((text, text if answer == answers[-1] else think))
-            final = f"<FINAL>{'' if self.empty_final else self.say(answers[-1])}</FINAL>"
-            found.append((example, [*turns, (final, final)]))
+                wanted, = rng.choices((1, 2, 3, 4), weights=(4, 3, 2, 1))
+            mistakes = self.mistakes(example, solution, wanted, rng)
+            found.append((example, self.trace(example, [*mistakes, solution])))
         return found
+
+    def mistakes(self, example, solution, wanted, rng):
+        """`wanted` different wrong answers. A box may leave little room, and then they are fewer."""
+        answers = [solution]
+        for _ in range(100 * wanted):
+            new = self.mistake(example, rng)
+            if not self.exact(example, new) and not any(self.same(new, a) for a in answers):
+                answers.insert(0, new)
+            if len(answers) > wanted:
+                break
+        return answers[:-1]
+
+    def trace(self, example, answers):
+        """The turns of one demonstration, of which the last answer is correct."""
+        turns, think, last = [], "", None
+        for answer in answers:
+            if turns:
+                think = f"<THINK>{self.thought(example, last)}</THINK>"
+            turns.append([think, f"<ANSWER>{self.say(answer, last)}</ANSWER>"])
+            last = answer
+        turns[-1] = ["".join(turns[-1]), ""]
+        final = "" if self.empty_final else self.say(last)
+        return [*turns, [f"<FINAL>{final}</FINAL>", ""]]
 
 class Points(Task):
     """Visual grounding: the rules of tasks that point into a box. A subclass needs __init__ alone.
-    An example has question, box [x0, y0, x1, y1] in pixels, and `within`, see `exact`; 0: the box.
 
+    An example has question, box [x0, y0, x1, y1] in pixels, and `within`, see `exact`; 0: the box.
     An answer is (x, y), whole numbers from 0 to points.scale along each side; with scale 0, pixels
     as the model sees the picture. Feedback is a crop centred on the point, at the picture's own
     scale: a target to the left of the point looks the same in a table and in a chart.
@@ -204,44 +1297,66 @@ class Points(Task):
     empty_final = True  # a small model miscopies coordinates: RL would only learn to copy
 
     check = staticmethod(data_prep.check_figure)
+
     def question(self, example):
         points = self.cfg.points
         return points.question.replace("{question}", example["question"]), points.reply
+
     def parse(self, text, last=None):
-        """'3 14', '3, 14', '(3, 14)' -> (3, 14). As a move from `last`, (6, 15): 'left 3 up 1'."""
-        text, answer = text.strip(), None
+        """'3 14', '3, 14' and '(3, 14)' are (3, 14); as a move from `last`, see `parse_move`."""
+        text = text.strip()
         if last and self.cfg.points.moves:
-            way = Counter()
-            moves = re.findall(r"(left|right|up|down) (\d{1,5})", text, re.A)
-            for side, units in moves:
-                way[side] += int(units)
-            if moves and " ".join(map(" ".join, moves)) == text:  # nothing else is said
-                answer = last[0] + way["right"] - way["left"], last[1] + way["down"] - way["up"]
-        elif found := re.fullmatch(r"\(?\s*(\d{1,5})(?:\s*,\s*|\s+)(\d{1,5})\s*\)?", text, re.A):
-            answer = int(found[1]), int(found[2])
-        inside = answer and min(answer) >= 0 and max(answer) <= (self.cfg.points.scale or 10_000)
+            answer = self.parse_move(text, last)
+        else:
+            found = re.fullmatch(r"\(?\s*(\d{1,5})(?:\s*,\s*|\s+)(\d{1,5})\s*\)?", text, re.ASCII)
+            answer = found and (int(found[1]), int(found[2]))
+        most = self.cfg.points.scale or 10_000
+        inside = answer and min(answer) >= 0 and max(answer) <= most
         return answer if inside else None
 
+    def parse_move(self, text, last):
+        """'left 3 up 1' from (6, 15) is (3, 14). None where anything else is said."""
+        moves = re.findall(r"(left|right|up|down) (\d{1,5})", text, re.ASCII)
+        if not moves or " ".join(f"{side} {units}" for side, units in moves) != text:
+            return None
+        x, y = last
+        for side, units in moves:
+            down, right = data_prep.MOVES[side]
+            x, y = x + right * int(units), y + down * int(units)
+        return x, y
+
     def say(self, answer, last=None):
-        return self.move(last, answer) if last and self.cfg.points.moves else super().say(answer)
+        if last and self.cfg.points.moves:
+            return self.move(last, answer)
+        return super().say(answer)
 
     def move(self, here, there):
         """The way from a point to another: "left 3 up 1"."""
-        words = (there[0] - here[0], "left", "right"), (there[1] - here[1], "up", "down")
-        return " ".join(f"{a if n < 0 else b} {abs(n)}" for n, a, b in words if n)
+        across, down = there[0] - here[0], there[1] - here[1]
+        words = []
+        if across:
+            words.append(f"{'left' if across < 0 else 'right'} {abs(across)}")
+        if down:
+            words.append(f"{'up' if down < 0 else 'down'} {abs(down)}")
+        return " ".join(words)
 
     def ends(self, example):
         """The coordinates of the right and the lower edge."""
-        if self.cfg.points.scale:
-            return self.cfg.points.scale, self.cfg.points.scale
-        return size_seen(example["size"], load_parts(source_of(self.cfg.model))[1])
+        scale = self.cfg.points.scale
+        if scale:
+            return scale, scale
+        _, processor = load_parts(source_of(self.cfg.model))
+        return size_seen(example["size"], processor)
+
     def pixel(self, example, answer):
         """An answer as (x, y) in pixels of the image."""
-        sides = zip(answer, example["size"], self.ends(example))
-        return tuple(a * side / end for a, side, end in sides)
+        (width, height), (x_end, y_end) = example["size"], self.ends(example)
+        return answer[0] * width / x_end, answer[1] * height / y_end
+
     def centre(self, example):
         x0, y0, x1, y1 = example["box"]
         return (x0 + x1) / 2, (y0 + y1) / 2
+
     def distance(self, example, answer):
         """From the point to the target's centre, in pixels."""
         return math.dist(self.pixel(example, answer), self.centre(example))
@@ -250,56 +1365,60 @@ class Points(Task):
         """Inside the box, or at most `within` pixels from its centre where the example has it."""
         if example["within"]:
             return self.distance(example, answer) <= example["within"]
-        (x, y), (x0, y0, x1, y1) = self.pixel(example, answer), example["box"]
+        x, y = self.pixel(example, answer)
+        x0, y0, x1, y1 = example["box"]
         return x0 <= x < x1 and y0 <= y < y1
 
     def progress(self, example, answer):
         """p = phi(d) = (exp(-d^2 / s1^2) + exp(-d^2 / s2^2)) / 2, d: `distance`, s2: the side of
-        the crop, s1 = 0.4 s2 (paper: s2 = 200, s1 = 80). Without crops half the longer side."""
-        d, s2 = self.distance(example, answer), self.cfg.points.crop or max(example["size"]) / 2
-        return (math.exp(-((d / (0.4 * s2)) ** 2)) + math.exp(-((d / s2) ** 2))) / 2
+        the crop, s1 = 0.4 s2 (paper: s2 = 200, s1 = 80)."""
+        d, s2 = self.distance(example, answer), self.cfg.points.crop
+        near = math.exp(-((d / (0.4 * s2)) ** 2))
+        far = math.exp(-((d / s2) ** 2))
+        return (near + far) / 2
 
     def same(self, answer, other):
         """Nearer than 1/100 of the scale (10 pixels at scale 0): a jitter is no new answer."""
         return math.dist(answer, other) < (self.cfg.points.scale or 1000) / 100
 
-    def feedback(self, example, answer, mark=True):
-        """A crop centred on the point, grey beyond the edge; the whole picture where crop is 0."""
-        image, point = self.image(example), self.pixel(example, answer)
-        if self.cfg.points.crop:
-            return data_prep.draw_crop(image, point, self.cfg.points.crop, mark)
-        return data_prep.draw_hairs(image, point) if mark else image
+    def feedback(self, example, answer):
+        """A crop centred on the point, grey beyond the edge of the picture."""
+        point = self.pixel(example, answer)
+        return data_prep.draw_crop(self.image(example), point, self.cfg.points.crop)
 
-    def right(self, example, rng=None):
-        """The point of the scale nearest to the target's centre. UserError if it is not right."""
+    def solution(self, example, rng=None):
+        """The point of the scale nearest to the target's centre. UserError if it is not correct."""
         sides = zip(self.centre(example), example["size"], self.ends(example))
-        answer = tuple(math.ceil(c * end / side - 0.5) for c, side, end in sides)  # halves go down
+        answer = tuple(math.ceil(middle * end / side - 0.5) for middle, side, end in sides)
         if self.exact(example, answer):
             return answer
-        raise UserError(f"{example['image']}: no point of the scale lies in the box "
-                        f"{example['box']}: raise points.scale")
+        raise UserError(f"{example['image']}: no point of the scale is correct for box "
+                        f"{example['box']}, within {example['within']} (0: inside): enlarge it, or "
+                        "raise points.scale as far as the model's numbers go")
 
-    def wrong(self, example, rng):
-        """Half of these lie within a crop of the target, the others anywhere. Some may be right."""
-        reach = (self.cfg.points.crop or max(example["size"]) / 2) / 2
-        near, answer = rng.random() < 0.5, []
-        for c, side, end in zip(self.centre(example), example["size"], self.ends(example)):
-            place = rng.uniform(c - reach, c + reach) if near else rng.uniform(0, side)
-            answer.append(round(min(max(place / side, 0), 1) * end))
+    def mistake(self, example, rng):
+        """Half of these lie within a crop of the target, the others anywhere."""
+        reach = self.cfg.points.crop / 2
+        near = rng.random() < 0.5
+        answer = []
+        for middle, side, end in zip(self.centre(example), example["size"], self.ends(example)):
+            low, high = (middle - reach, middle + reach) if near else (0, side)
+            share = rng.uniform(low, high) / side
+            answer.append(round(min(max(share, 0), 1) * end))
         return tuple(answer)
 
     def thought(self, example, answer):
         """The move that leads to the target; "far" if the crop does not show it, "here" on it."""
-        sides = zip(self.pixel(example, answer), self.centre(example))
-        if self.cfg.points.crop and max(abs(p - c) for p, c in sides) >= self.cfg.points.crop / 2:
+        (x, y), (target_x, target_y) = self.pixel(example, answer), self.centre(example)
+        if max(abs(x - target_x), abs(y - target_y)) >= self.cfg.points.crop / 2:
             return "far"
-        return self.move(answer, self.right(example)) or "here"
+        return self.move(answer, self.solution(example)) or "here"
 
 class OwnPoints(Points):
     """One's own data: `task=points data=FILE`, a JSONL file of {"image", "question", "box"}."""
     def __init__(self, cfg):
+        tokenizer, _ = load_parts(source_of(cfg.model))
         self.cfg, self.folder = cfg, Path(cfg.data).parent
-        tokenizer = load_parts(source_of(cfg.model))[0]
         self.own = data_prep.own_examples(cfg.data, functools.partial(check_text, tokenizer))
 
     def examples(self, split):
@@ -325,910 +1444,319 @@ class Navigation(Task):
             super().__init__(cfg, plan, data_prep.make_map)
 
     check = staticmethod(data_prep.check_map)
+
     def question(self, example):
         return self.cfg.nav.question, self.cfg.nav.reply
+
     def parse(self, text, last=None):
         """'up, left' -> ("up", "left")."""
         moves = tuple(text.lower().replace(",", " ").split())
-        return moves if moves and all(m in data_prep.MOVES for m in moves) else None
+        known = all(move in data_prep.MOVES for move in moves)
+        return moves if moves and known else None
 
     def walk(self, example, answer):
-        """The distance to the goal at the start and after each move; "edge" or "hole" ends it."""
+        """(distances to the goal at the start and after each move, what ended the walk): "edge" or
+        "hole" end it before the move that leads there, else ""."""
         layout = example["layout"]
         distance = data_prep.shortest_distances(layout)
         row, column = data_prep.find_cell(layout, "S")
-        found = [int(distance[row, column])]
+        remaining = [int(distance[row, column])]
         for move in answer:
-            row, column = row + data_prep.MOVES[move][0], column + data_prep.MOVES[move][1]
-            inside = 0 <= row < len(layout) and 0 <= column < len(layout[0])
-            if not inside or layout[row][column] == "H":
-                return [*found, "hole" if inside else "edge"]
-            found.append(int(distance[row, column]))
-        return found
+            down, right = data_prep.MOVES[move]
+            row, column = row + down, column + right
+            if not (0 <= row < len(layout) and 0 <= column < len(layout[0])):
+                return remaining, "edge"
+            if layout[row][column] == "H":
+                return remaining, "hole"
+            remaining.append(int(distance[row, column]))
+        return remaining, ""
 
     def exact(self, example, answer):
-        return self.thought(example, answer) == "exact"
+        """The way ends on the goal, and none is shorter."""
+        remaining, failure = self.walk(example, answer)
+        return not failure and remaining[-1] == 0 and len(answer) == remaining[0]
 
     def thought(self, example, answer):
-        """"edge" or "hole", whichever comes first; else "past" (the goal came before the last
-        move), "short" (it never came), "longer" (a shorter way exists), or "exact"."""
-        left = self.walk(example, answer)
-        if left[-1] in ("edge", "hole"):
-            return left[-1]
-        if 0 not in left:
+        """What is wrong with a way: "edge" or "hole", whichever comes first; else "short" (it never
+        meets the goal), "past" (it goes on behind it) or "longer" (a shorter way exists)."""
+        remaining, failure = self.walk(example, answer)
+        if failure:
+            return failure
+        if 0 not in remaining:
             return "short"
-        if left.index(0) < len(answer):
-            return "past"
-        return "exact" if len(answer) == left[0] else "longer"
+        return "longer" if remaining.index(0) == len(answer) else "past"
 
     def progress(self, example, answer):
         """p: how many leading moves each come one nearer to the goal, over the shortest length. A
         way that runs on past the goal is wrong: it gets 0, where this count would give 1."""
-        left, good = self.walk(example, answer), 0
-        while good + 1 < len(left) and left[good + 1] == left[0] - good - 1:
+        remaining, _ = self.walk(example, answer)
+        length = remaining[0]
+        good = 0
+        for distance in remaining[1:]:
+            if distance != length - good - 1:
+                break
             good += 1
-        return 0.0 if good == left[0] < len(answer) else good / left[0]
+        if good == length and good < len(answer):
+            return 0.0
+        return good / length
 
-    def feedback(self, example, answer, mark=True):
+    def feedback(self, example, answer):
         """The map with the way painted on it."""
-        layout, way = example["layout"], answer if mark else ()
-        shape, start = (len(layout), len(layout[0])), data_prep.find_cell(layout, "S")
-        return data_prep.draw_path(self.image(example), shape, start, way, example["look"],
-                                   example.get("box"))
+        layout = example["layout"]
+        return data_prep.draw_path(
+            self.image(example), (len(layout), len(layout[0])), data_prep.find_cell(layout, "S"),
+            answer, example["look"], example.get("box"))
 
-    def right(self, example, rng):
+    def solution(self, example, rng):
         return tuple(data_prep.shortest_path(example["layout"], rng))
-    def wrong(self, example, rng):
-        path, exact = list(self.right(example, rng)), functools.partial(self.exact, example)
+
+    def mistake(self, example, rng):
+        path, exact = list(self.solution(example, rng)), functools.partial(self.exact, example)
         return tuple(data_prep.wrong_path(example["layout"], path, exact, rng))
 
 TASKS = {"grounding": Grounding, "points": OwnPoints, "navigation": Navigation}
 
-# ==================== 3. Conversation =============================================================
-# The policy says one ANSWER or one FINAL, perhaps after a THINK. A turn keeps the token ids that
-# were sampled: these are trained, never text that was encoded again.
-TAGS = ["<THINK>", "</THINK>", "<ANSWER>", "</ANSWER>", "<FINAL>", "</FINAL>"]
-TAG = re.compile(f"({'|'.join(TAGS)})")
-INSIDE = f"((?:(?!{'|'.join(TAGS)}).)*)"  # anything but a tag
-TURN = re.compile(rf"\s*(?:<THINK>{INSIDE}</THINK>\s*)?"
-                  rf"(?:<ANSWER>{INSIDE}</ANSWER>|<FINAL>{INSIDE}</FINAL>)\s*", re.S)
-
-def parse_turn(task, text, last=None):
-    """(kind, thought, answer). kind is "answer", "final" or "bad"; thought is None without a THINK.
-    A FINAL commits `last`, the last answer: it is empty or repeats it. Any other FINAL is bad.
-        parse_turn(task, "<THINK>up 1</THINK><ANSWER>4 7</ANSWER>") == ("answer", "up 1", (4, 7))"""
-    if not (match := TURN.fullmatch(text)):
-        return "bad", None, None
-    thought, answer, final = match.groups()
-    if final is None:
-        answer = task.parse(answer, last)
-        return "bad" if answer is None else "answer", thought, answer
-    commits = last is not None and (not final.strip() or task.parse(final) == last)
-    return "final" if commits else "bad", thought, None
-
-def size_seen(size, processor):
-    """(width, height) in pixels that an image of this size has when the model sees it."""
-    low, high = processor.size["shortest_edge"], processor.size["longest_edge"]  # numbers of pixels
-    side = processor.patch_size * processor.merge_size
-    return qwen_images.smart_resize(*size[::-1], side, low, high)[::-1]
-
-class Picture:
-    """An image as the vision tower takes it. grid: visual tokens (down, across). patches: uint8
-    (down * across * merge^2, 3, patch^2) in the library's order: the merge^2 patches of a token
-    together. features: what a frozen vision tower made of it, kept so that it is encoded once."""
-    def __init__(self, image, processor):
-        patch, merge = processor.patch_size, processor.merge_size
-        size = size_seen(image.size, processor)
-        down, across = size[1] // (patch * merge), size[0] // (patch * merge)
-        pixels = np.asarray(image.resize(size, processor.resample))
-        pixels = pixels.reshape(down, merge, patch, across, merge, patch, 3)
-        self.patches = pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(-1, 3, patch * patch)
-        self.grid, self.features = (down, across), None
-        self.patch_grid = (1, down * merge, across * merge)  # time, rows, columns
-
-@dataclasses.dataclass
-class Turn:
-    """One turn of the policy, and what the user shows next."""
-    ids: list  # as sampled, with the end token unless the turn was cut off at policy.max_new
-    loss_tokens: list  # for each id: may it enter a loss? In RL all may, in SFT the taught part
-    logps: list = ()  # with which they were sampled
-    kind: str = "answer"
-    thought: str | None = None
-    answer: object = None
-    text: str = ""
-    reply: list = ()  # ids of what the user says next; without feedback it and picture are empty
-    picture: Picture | None = None
-
-@dataclasses.dataclass
-class Episode:
-    """A conversation about one example: the `given` turns that it goes on from, then new ones."""
-    example: dict
-    question_ids: list
-    question_picture: Picture
-    start: int = 0  # which start, in training: episodes of one start share their opening
-    given: list = dataclasses.field(default_factory=list)
-    turns: list = dataclasses.field(default_factory=list)
-    forced: list = ()  # ids that open the first new turn and were not sampled
-    reward: float = 0.0
-    advantage: float = 0.0
-    weights: list = ()  # of each action token, in the loss
-
-    @property
-    def all_turns(self):
-        return [*self.given, *self.turns]
-    @property
-    def answers(self):
-        return [t.answer for t in self.all_turns if t.kind == "answer"]
-    @property
-    def opening(self):
-        """(ids, pictures) up to the first new token."""
-        ids = [*self.question_ids, *(i for t in self.given for i in (*t.ids, *t.reply))]
-        return [*ids, *self.forced], [self.question_picture, *(t.picture for t in self.given)]
-    @property
-    def rest(self):
-        """(ids, pictures) of the new turns and of the feedback to them."""
-        ids = [i for t in self.turns for i in (*t.ids, *t.reply)]
-        return ids, [t.picture for t in self.turns if t.picture is not None]
-    @property
-    def actions(self):
-        """Action tokens may enter a loss. Of each: (column in the ids of `rest`, turn from 1)."""
-        found, column = [], 0
-        for number, turn in enumerate(self.turns, 1):
-            found += [(column + i, number) for i, may in enumerate(turn.loss_tokens) if may]
-            column += len(turn.ids) + len(turn.reply)
-        return found
-
-# ==================== 4. Policy ===================================================================
-MARK = "\ue000"  # stands for the policy's words in a chat template; a character that no text has
-# Version 5.24 of the library renamed the argument that takes the cache of keys and values.
-CACHE = "cache" if "cache" in inspect.signature(TextModel.forward).parameters else "past_key_values"
-# `recompute` computes a part again in the backward pass, instead of keeping what it made.
-recompute = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-
-class Context:
-    """B conversations as far as the model has read them. Rows of different length share columns:
-    where a row has no token, `valid` (B, L) is False and attention skips the column. position (B,):
-    the next M-RoPE position. last (B, D): the hidden state that predicts a row's next token."""
-    def __init__(self, rows, device):
-        self.cache, self.last = transformers.DynamicCache(), None
-        self.valid = torch.zeros(rows, 0, dtype=torch.bool, device=device)
-        self.position = torch.zeros(rows, dtype=torch.long, device=device)
-
-    def take(self, rows):
-        """Keep these rows, in this order. One may be taken several times: a start, G samples."""
-        rows = torch.tensor(rows, device=self.valid.device)
-        self.cache.batch_select_indices(rows)
-        self.valid, self.position, self.last = (
-            t.index_select(0, rows) for t in (self.valid, self.position, self.last))
-
-def lora(linear, inputs, output):
-    """W x + B A x: a linear map with an adapter, for small cards (Hu et al., arXiv 2106.09685).
-    A (rank, in) and B (out, rank) alone are trained. B is 0 at first. lora.on=False: W x."""
-    return output + (inputs[0] @ linear.a.T) @ linear.b.T if lora.on else output
-lora.on = True
-
-def add_lora(model, rank):
-    torch.manual_seed(0)  # the same in all workers
-    model.requires_grad_(False)
-    for linear in model.model.language_model.layers.modules():
-        if isinstance(linear, torch.nn.Linear):
-            a = torch.randn_like(linear.weight.new_empty(rank, linear.in_features))
-            linear.a = torch.nn.Parameter(a / linear.in_features ** 0.5)
-            linear.b = torch.nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
-            linear.register_forward_hook(lora)
-
-class Policy:
-    """A Qwen2.5-VL or Qwen3-VL model with its tokenizer and image processor. `sample` and
-    `log_probs` both read with `extend` and score with `log_softmax`: so their log-probs agree."""
-    def __init__(self, model, tokenizer, processor, cfg):
-        self.model, self.tokenizer, self.processor, self.cfg = model, tokenizer, processor, cfg
-        self.device, self.image_id = next(model.parameters()).device, model.config.image_token_id
-        self.prompt = functools.cache(self.prompt)  # few texts, many calls
-        for name in "policy.system points.question points.reply nav.question nav.reply".split():
-            check_text(tokenizer, name, operator.attrgetter(name)(cfg))
-        self.end_id = self.prompt("", "")[1]
-        self.frozen_vision = cfg.policy.freeze_vision or cfg.policy.lora > 0
-        self.keep_features = self.frozen_vision and not is_large(model)
-        model.model.visual.requires_grad_(not self.frozen_vision)
-        # Only plain tokens and the end of a turn can be sampled. A sampled image placeholder would
-        # shift the positions of all that follows; ids beyond the tokenizer's have no text.
-        vocabulary = model.get_output_embeddings().weight.shape[0]
-        banned = {*tokenizer.all_special_ids, self.image_id, *range(len(tokenizer), vocabulary)}
-        self.banned = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
-        self.banned[sorted(banned - {self.end_id})] = True
-
-    def encode(self, text):
-        """Token ids. Tags are encoded apart, since a tokenizer may join '>' with what follows."""
-        return [i for piece in TAG.split(text) if piece
-                for i in self.tokenizer.encode(piece, add_special_tokens=False)]
-
-    def prompt(self, question, reply):
-        """What the chat template writes around the policy's turns, as ids, an image being one
-        placeholder: (all before its first turn, the id that ends a turn, all up to the next)."""
-        system, picture, says = self.cfg.policy.system, {"type": "image"}, {"type": "text"}
-        talk = [{"role": "system", "content": [says | {"text": system}]}] if system else []
-        talk += [{"role": "user", "content": [says | {"text": question}, picture]},
-                 {"role": "assistant", "content": [says | {"text": MARK}]},
-                 {"role": "user", "content": [picture, says | {"text": reply}]}]
-        whole, alone = (self.tokenizer.apply_chat_template(
-            part, tokenize=False, add_generation_prompt=True) for part in (talk, talk[:-2]))
-        head, rest = whole.split(MARK)
-        if head != alone:
-            raise UserError(f"model={self.cfg.model}: its chat template opens a turn otherwise "
-                            "than it writes one down, as those of thinking models do")
-        head, rest = (self.tokenizer.encode(t, add_special_tokens=False) for t in (head, rest))
-        return head, rest[0], rest[1:]
-
-    def place(self, ids, picture):
-        """`ids` with the one image placeholder repeated for each visual token of the picture."""
-        at = ids.index(self.image_id)
-        return [*ids[:at], *[self.image_id] * math.prod(picture.grid), *ids[at + 1 :]]
-
-    def encode_pictures(self, pictures):
-        """[(visual tokens (down * across, D), their DeepStack features), ...], one a picture."""
-        found = {p: p.features for p in pictures if p.features is not None}
-        todo = [p for p in dict.fromkeys(pictures) if p not in found]
-        # About 4096 visual tokens go through the vision tower at once.
-        most = max(1, 4096 // max((math.prod(p.grid) for p in todo), default=1))
-        mean, std = (torch.tensor(values, device=self.device)[:, None] for values in
-                     (self.processor.image_mean, self.processor.image_std))
-        for part in (todo[at : at + most] for at in range(0, len(todo), most)):
-            x = torch.from_numpy(np.concatenate([p.patches for p in part])).to(self.device)
-            x = ((x.float() / 255 - mean) / std).to(self.model.dtype)[:, :, None]  # equal frames
-            x = x.expand(-1, -1, self.processor.temporal_patch_size, -1).flatten(1)
-            grids = torch.tensor([p.patch_grid for p in part], device=self.device)
-            counts = [math.prod(p.grid) for p in part]
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen_vision):
-                out = self.model.model.get_image_features(x, grids, return_dict=True)
-            deep = [d.split(counts) if torch.is_tensor(d) else d
-                    for d in getattr(out, "deepstack_features", None) or ()]
-            for i, p in enumerate(part):
-                found[p] = out.pooler_output[i], [d[i] for d in deep]
-                p.features = found[p] if self.keep_features else None
-        return [found[p] for p in pictures]
-
-    def extend(self, context, ids, new, pictures=()):
-        """Let the model read `ids` (B, W) where `new` (B, W) is True, after what `context` holds,
-        which grows. Returns the hidden states (B, W, D). In a row of `new` True comes first, then
-        False. pictures: row by row."""
-        (rows, width), past = ids.shape, context.valid.shape[1]
-        context.valid = torch.cat([context.valid, new], 1)
-        embeds, extra = self.model.get_input_embeddings()(ids), {CACHE: context.cache}
-        positions = (new.long().cumsum(1) - 1).expand(3, rows, width)
-        if pictures:
-            seen = ids.eq(self.image_id) & new
-            # M-RoPE: a text token takes one step on all three axes. An image's tokens keep the time
-            # axis and spread over rows and columns; the text after it goes on from the larger side.
-            positions = self.model.model.get_rope_index(
-                ids.cpu(), mm_token_type_ids=seen.int().cpu(), attention_mask=new.cpu(),
-                image_grid_thw=torch.tensor([p.patch_grid for p in pictures]))[0].to(self.device)
-            visual, deep = zip(*self.encode_pictures(pictures))
-            embeds = embeds.masked_scatter(seen[..., None], torch.cat(visual).to(embeds.dtype))
-            if deep[0]:  # Qwen3-VL adds deeper visual features to its first layers
-                extra |= {"visual_pos_masks": seen,
-                          "deepstack_visual_embeds": [torch.cat(level) for level in zip(*deep)]}
-        # A new column sees what came before, and the new ones up to itself.
-        column = torch.arange(past + width, device=self.device)
-        mask = context.valid[:, None, None, :] & (column <= column[past:, None])
-        hidden = self.model.model.language_model(
-            inputs_embeds=embeds, attention_mask=mask, use_cache=True,
-            position_ids=positions + context.position[:, None], **extra).last_hidden_state
-        row, end = torch.arange(rows, device=self.device), (new.sum(1) - 1).clamp(min=0)
-        advance, last = positions.amax(0)[row, end] + 1, hidden[row, end]
-        context.position = context.position + torch.where(new.any(1), advance, 0)
-        context.last = last if past == 0 else torch.where(new.any(1)[:, None], last, context.last)
-        return hidden
-
-    def log_softmax(self, hidden):
-        """Log-probs (..., V) of the next token at the sampling temperature, banned ones -inf."""
-        logits = self.model.get_output_embeddings()(hidden).float() / self.cfg.policy.temperature
-        return logits.masked_fill(self.banned, -torch.inf).log_softmax(-1)
-
-    @torch.no_grad()
-    def sample(self, context, luck=None):
-        """One turn for each row: a list of (ids, log-probs). UserError if the log-probs of the
-        first tokens are not finite. luck: (B, policy.max_new), in [0, 1), decides the tokens, so
-        that no row depends on its neighbours; None: greedy."""
-        tokens, logps, done = [], [], torch.zeros_like(context.position, dtype=torch.bool)
-        for step in range(self.cfg.policy.max_new):
-            logp = self.log_softmax(context.last)
-            if luck is None:
-                token = logp.argmax(-1)
-            else:  # the first token at which the summed probability passes the number
-                total = logp.to(luck.dtype).exp().cumsum(-1)
-                token = torch.searchsorted(total, luck[:, step, None] * total[:, -1:], right=True)
-                token = token[:, 0].clamp(max=logp.shape[-1] - 1)
-            tokens.append(torch.where(done, -1, token))
-            logps.append(logp.gather(1, token[:, None])[:, 0])
-            self.extend(context, token[:, None], ~done[:, None])  # the end token is read too
-            done = done | (token == self.end_id)
-            if done.all():
-                break
-        if not torch.isfinite(logps[0]).all():
-            raise UserError("the policy's log-probs are not finite: lower the learning rate")
-        turns = [[t for t in row if t >= 0] for row in torch.stack(tokens, 1).tolist()]
-        return [(ids, logp[: len(ids)]) for ids, logp in zip(turns, torch.stack(logps, 1).tolist())]
-
-    def log_probs(self, episodes):
-        """Log-probs, with gradients, and entropies of the episodes' action tokens: two lists of
-        (action tokens,) tensors. Openings are read once for all episodes of a start."""
-        heads = {e.start: e.opening for e in episodes}
-        context, rest = Context(len(heads), self.device), [e.rest for e in episodes]
-        self.read(context, heads.values())
-        if len(heads) < len(episodes):
-            context.take([list(heads).index(e.start) for e in episodes])
-        last = context.last[:, None]
-        hidden = torch.cat([last, self.read(context, rest)], 1)  # column j predicts token j
-        at = [(row, column) for row, e in enumerate(episodes) for column, _ in e.actions]
-        taken = torch.tensor([rest[row][0][column] for row, column in at], device=self.device)
-        row, column = torch.tensor(at, device=self.device).T
-        # Logits only where the loss looks, 256 tokens at a time, and computed again in the
-        # backward pass: with a real vocabulary they take 0.6 MB a token.
-        parts = [recompute(self.score, *part) for part in
-                 zip(hidden[row, column].split(256), taken.split(256))]
-        counts = [len(e.actions) for e in episodes]
-        return tuple(torch.cat(values).split(counts) for values in zip(*parts))
-
-    def read(self, context, texts):
-        """`extend` by texts, one a row: (ids, never empty, and pictures). -1 pads short rows."""
-        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(i) for i, _ in texts], True, -1)
-        ids, pictures = ids.to(self.device), [p for _, of_row in texts for p in of_row]
-        return self.extend(context, ids.clamp(min=0), ids >= 0, pictures)
-
-    def score(self, hidden, taken):
-        """Log-probs of the tokens taken (N,) and entropies (N,), from hidden states (N, D)."""
-        logp = self.log_softmax(hidden)
-        with torch.no_grad():  # a figure for the log
-            entropy = -(logp.exp() * logp.masked_fill(self.banned, 0)).sum(-1)
-        return logp.gather(1, taken[:, None])[:, 0], entropy
-
-    def save(self, folder):
-        """Write a Hugging Face folder, whole or not at all. UserError if that fails."""
-        folder, temporary = Path(folder), Path(f"{folder}.tmp")
-        state = self.model.state_dict()
-        for name in [n.removesuffix(".a") for n in state if n.endswith(".a")]:  # adapters: merge
-            change = state.pop(f"{name}.b") @ state.pop(f"{name}.a")
-            state[f"{name}.weight"] = state[f"{name}.weight"] + change
-        try:
-            self.model.save_pretrained(temporary, state_dict=state)
-            self.tokenizer.save_pretrained(temporary)
-            self.processor.save_pretrained(temporary)
-        except Exception as error:  # the libraries raise many kinds where a disk is full
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(f"{folder} cannot be written: {error}") from None
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-
-def source_of(name):
-    """What `model=` names: a folder, as it stands or beside this file, or a hub name."""
-    folder = Path(name) if Path(name).is_dir() else HERE / name
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(f"model={name} holds adapters alone: merge them into their base first")
-    if (folder / "model" / "config.json").is_file():
-        raise UserError(f"model={name} is the folder of a run: its model is model={name}/model")
-    if (folder / "config.json").is_file():
-        return str(folder)
-    if folder.exists() or not re.fullmatch(r"(?!assets/|runs/)[\w-][\w.-]*/[\w.-]+", name):
-        raise UserError(f"model={name}: no folder with a config.json; name a Hugging Face folder")
-    return name
-
-@functools.lru_cache
-def load_parts(source):
-    """(tokenizer, image processor). The processor's class needs no torchvision."""
-    with cannot_load(source):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        if "image" not in str(tokenizer.chat_template):  # some releases keep it for the processor
-            file = transformers.utils.cached_file(source, "chat_template.json")
-            tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
-        return tokenizer, qwen_images.Qwen2VLImageProcessorPil.from_pretrained(source)
-
-@contextlib.contextmanager
-def cannot_load(source):
-    try:
-        yield
-    except Exception as error:  # half a download, another architecture: many kinds
-        line = (str(error) or repr(error)).splitlines()[0]
-        raise UserError(f"model={source} cannot be loaded: {line}") from None
-
-def check_text(tokenizer, name, text):
-    """UserError if a text holds what the tokenizer would take for a special token."""
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    if found := [token for token in [*special, MARK] if token in text]:
-        raise UserError(f"{name} holds {found[0]!r}, which means something else to the model")
-
-def device_of(cfg):
-    if cfg.device in ("cuda", "mps") and not getattr(torch, cfg.device).is_available():
-        raise UserError(f"device={cfg.device}: torch sees none; use device=cpu")
-    if cfg.device == "cuda" or cfg.device == "auto" and torch.cuda.is_available():
-        number = int(os.environ.get("LOCAL_RANK", 0))
-        if number < torch.cuda.device_count():
-            return torch.device("cuda", number)
-        raise UserError("more workers than GPUs: lower --nproc-per-node, or give device=cpu")
-    return torch.device("cpu" if cfg.device == "auto" else cfg.device)
-
-def check_parts(name, model, tokenizer, processor, missing):
-    """UserError if the parts of a model would give nonsense together."""
-    vision, rows = model.config.vision_config, model.get_input_embeddings().weight.shape[0]
-    sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
-    other = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
-    broken = [n for n, weight in model.named_parameters() if not torch.isfinite(weight).all()]
-    faults = {  # the library would make up what is missing
-        f"its files lack {len(missing)} tensors, such as {' '.join(missing[:1])}": missing,
-        f"patch, merge and frames are {sizes} in the model, {other} in its image processor":
-            sizes != other,
-        f"its tokenizer has {len(tokenizer)} words, its embedding {rows}": len(tokenizer) > rows,
-        f"its weight {' '.join(broken[:1])} is not finite": broken}
-    if found := [fault for fault, there in faults.items() if there]:
-        raise UserError(f"model={name}: {'; '.join(found)}")
-
-def load_policy(name, cfg):
-    """A Policy from a Hugging Face folder or hub name, on cfg.device. UserError if it fails."""
-    source, device, dtype = source_of(name), device_of(cfg), cfg.policy.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" else "float32"
-    with cannot_load(source):
-        kind = transformers.AutoConfig.from_pretrained(source).model_type
-        if kind not in ("qwen3_vl", "qwen2_5_vl"):
-            raise ValueError(f"it is a {kind}, and this program knows qwen3_vl and qwen2_5_vl")
-        model, about = transformers.AutoModelForImageTextToText.from_pretrained(
-            source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-    tokenizer, processor = load_parts(source)
-    check_parts(name, model, tokenizer, processor, sorted(about["missing_keys"]))
-    if cfg.policy.lora:
-        add_lora(model, cfg.policy.lora)
-    if is_large(model):
-        for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
-            layer.forward = functools.partial(checkpointed, layer, layer.forward)
-    conv = model.model.visual.patch_embed.proj  # its stride is its kernel: it is a linear map
-    conv.forward = functools.partial(as_linear, conv)  # twice as fast on a GPU
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew at each new length
-    return Policy(model.to(device).eval(), tokenizer, processor, cfg)
-
-def is_large(model):  # memory then matters more than time: layers and pictures are computed again
-    return sum(p.numel() for p in model.parameters()) > 100_000_000
-def as_linear(conv, patches):
-    return torch.nn.functional.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
-
-def checkpointed(layer, forward, hidden, **rest):
-    """Gradient checkpointing of a layer: only its input is kept. The library's own switch takes
-    the cache away, which holds the shared opening. Here the layer gets a cache of its own, so that
-    computing it twice has no side effect, and what is new in it joins the real one afterwards."""
-    if not torch.is_grad_enabled():
-        return forward(hidden, **rest)
-    if (cache := rest.pop(CACHE, None)) is None:  # a layer of the vision tower
-        return recompute(functools.partial(forward, **rest), hidden)
-    number = layer.self_attn.layer_idx
-    past = cache.get_seq_length(number)
-
-    def run(hidden, *old):
-        own = transformers.DynamicCache()
-        if old:
-            own.update(*old, number)
-        hidden, kept = forward(hidden, **rest, **{CACHE: own}), own.layers[number]
-        return hidden, kept.keys[:, :, past:], kept.values[:, :, past:]
-
-    old = [cache.layers[number].keys, cache.layers[number].values] if past else []
-    hidden, *new = recompute(run, hidden, *old)
-    cache.update(*new, number)
-    return hidden
-
-# ==================== 5. Rollouts =================================================================
-def begin(policy, task, example, start=0, spoken=(), feedback=None, image=None):
-    """An episode before its first new turn: after the question, or after given turns (`spoken`, the
-    ids of each) and the feedback to them. image: in place of the question's, for probes."""
-    picture = Picture(image or task.image(example), policy.processor)
-    head = policy.place(policy.prompt(*task.question(example))[0], picture)
-    episode = Episode(example, head, picture, start)
-    for ids in spoken:
-        episode.given.append(read_turn(policy, task, episode, ids))
-        reply(policy, task, episode, episode.given[-1], feedback)
-    return episode
-
-def read_turn(policy, task, episode, ids, logps=()):
-    """The next Turn, from its ids. Bad if it was cut off at policy.max_new."""
-    forced = () if episode.turns else episode.forced
-    text = policy.tokenizer.decode([i for i in (*forced, *ids) if i != policy.end_id])
-    last = episode.answers[-1] if episode.answers else None
-    parsed = parse_turn(task, text, last) if ids[-1] == policy.end_id else ("bad", None, None)
-    return Turn(ids, [True] * len(ids), logps, *parsed, text)
-
-def reply(policy, task, episode, turn, feedback=None):
-    """Put the user's reply to an answer into `turn`. feedback(example, answer): the picture to
-    show, the task's own by default; the probes show others."""
-    image = (feedback or task.feedback)(episode.example, turn.answer)
-    turn.picture = Picture(image, policy.processor)
-    turn.reply = policy.place(policy.prompt(*task.question(episode.example))[2], turn.picture)
-
-def well_formed(task, turns, unfinished=False):
-    """Turn 1 is an ANSWER without THINK; each revision has a THINK; no ANSWER repeats another; one
-    FINAL, last, without THINK: A T* F. unfinished: more turns may follow."""
-    letters = {("answer", False): "A", ("answer", True): "T", ("final", False): "F"}
-    form = "".join(letters.get((turn.kind, turn.thought is not None), "x") for turn in turns)
-    answers = [turn.answer for turn in turns if turn.kind == "answer"]
-    repeats = any(task.same(a, b) for a, b in itertools.combinations(answers, 2))
-    return not repeats and bool(re.fullmatch("(AT*F?)?" if unfinished else "AT*F", form))
-
-@torch.no_grad()
-def play(policy, task, starts, samples, max_turns, luck=None, training=False):
-    """Roll out `samples` episodes from every start, turn by turn, policy.rows 256 at a time; those
-    of one start stand together. starts: Episodes without new turns. luck: see `uniforms`; None:
-    greedy. An episode ends with a FINAL, with a turn that cannot be parsed, or after `max_turns`
-    new turns; in training also where it is malformed, since it earns 0 whatever follows."""
-    most, episodes = max(1, policy.cfg.policy.rows // samples), []
-    for at in range(0, len(starts), most):
-        part = starts[at : at + most]
-        context = Context(len(part), policy.device)
-        policy.read(context, [start.opening for start in part])
-        context.take([n for n in range(len(part)) for _ in range(samples)])
-        live = range(len(episodes), len(episodes) + len(part) * samples)
-        episodes += [dataclasses.replace(s, turns=[]) for s in part for _ in range(samples)]
-        for number in range(max_turns):
-            spoken = policy.sample(context, None if luck is None else luck[live, number])
-            shown = {}  # row: its new turn, if it got feedback
-            for row, (ids, logps) in enumerate(spoken):
-                episode = episodes[live[row]]
-                turn = read_turn(policy, task, episode, ids, logps)
-                episode.turns.append(turn)
-                hopeless = training and not well_formed(task, episode.all_turns, unfinished=True)
-                if turn.kind == "answer" and number + 1 < max_turns and not hopeless:
-                    reply(policy, task, episode, turn)
-                    shown[row] = turn
-            if not shown:
-                break
-            live = [live[row] for row in shown]  # episodes that have ended leave the batch
-            context.take([*shown])
-            policy.read(context, [(turn.reply, [turn.picture]) for turn in shown.values()])
-    return episodes
-
-def uniforms(policy, names, samples, turns):
-    """Numbers in [0, 1) that decide what is sampled: (len(names) * samples, turns, policy.max_new).
-    They depend on the names alone, such as "seed step number": not on workers, nor on stops."""
-    size = (samples, turns, policy.cfg.policy.max_new)
-    seeds = [int(hashlib.sha256(name.encode()).hexdigest()[:15], 16) for name in names]
-    found = torch.cat([torch.empty(0, *size[1:]), *(torch.rand(
-        size, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds)])
-    return (found.float() if policy.device.type == "mps" else found).to(policy.device)
-
-# ==================== 6. Reward ===================================================================
-def reward(task, episode, cfg):
-    """R of an episode, given answers included (cfg: the settings `reward`).
-        malformed, or the turn limit without FINAL:  R = 0
-        else                                         R = max(R_answer, R_refl) - late
-        R_answer = 1 if the last answer is right, else 0
-        R_refl   = 0.1 + 0.9 r  [+ bonus r if right]  - cost turns
-        r        = clip(sum_t w(p_(t+1) - p_t), 0, 1),   w(d) = d if d >= 0 else worse * d
-        late     = revision (answers - 1) if right, else 0
-    p_t is `task.progress` of answer t; given turns and the FINAL count as turns too. Defaults:
-    grounding: worse 1, bonus 0, cost 0, so that r = clip(last p - first p); navigation: worse 0.5,
-    bonus 0.2, cost 0.05; both: revision 0.05. Plain RL (reflection no) has R = R_answer.
-
-    `late` is not in the paper (release: 0.01). Without it an error that is surely mended is free,
-    and a policy may err on purpose. In navigation `bonus` pays for one revision where p_1 is 0."""
-    if not well_formed(task, episode.all_turns):
-        return 0.0
-    right = task.exact(episode.example, episode.answers[-1])
-    if not cfg.reflection:
-        return float(right)
-    p = [task.progress(episode.example, answer) for answer in episode.answers]
-    gains = [after - before for before, after in itertools.pairwise(p)]
-    r = min(1.0, max(0.0, sum(d if d >= 0 else cfg.worse * d for d in gains)))
-    r_refl = 0.1 + 0.9 * r + cfg.bonus * r * right - cfg.cost * len(episode.all_turns)
-    return max(float(right), r_refl) - cfg.revision * len(gains) * right
-
-# ==================== 7. Buffer ===================================================================
-class Buffer:
-    """States to start roll-ins from, in two queues: `wrong` ones, whose last answer is wrong, and
-    `right` ones, so that the policy practises stopping too: buffer.right_share 0.3 of the space and
-    of what is taken. One queue for both would fill up with right states as the policy gets better.
-    First in, first out: a state is taken once, or falls out of a full queue. A state is (example
-    id, ids of each turn, whether the last answer is right)."""
-    def __init__(self, cfg):
-        self.cfg, most = cfg, round(cfg.size * cfg.right_share)
-        self.wrong, self.right = deque(maxlen=cfg.size - most), deque(maxlen=most)
-
-    def state_of(self, task, episode):
-        """The state of a fresh episode that is stored, or None. store=drawn, the default: up to
-        its first wrong answer that got feedback, or else up to its last one that did.
-        store=committed: its end, with the FINAL cut off."""
-        committed = self.cfg.store == "committed"
-        shown = [turn for turn in episode.turns if turn.picture is not None]  # the leading turns
-        if episode.given or not shown or committed and episode.turns[-1].kind != "final":
-            return None  # a roll-in leaves none: states would grow from states
-        right = [task.exact(episode.example, turn.answer) for turn in shown]
-        many = len(shown) if committed or all(right) else right.index(False) + 1
-        return episode.example["id"], [turn.ids for turn in shown[:many]], right[many - 1]
-
-    def add(self, state):
-        (self.right if state[2] else self.wrong).append(state)
-
-    def take(self, rng):
-        """The oldest state of one of the queues, or None where that queue is empty."""
-        queue = self.right if rng.random() < self.cfg.right_share else self.wrong
-        return queue.popleft() if queue else None
-
-# ==================== 8. Loss =====================================================================
-# REINFORCE: the gradient of E[R] is E[sum_j (R - b) grad log pi(y_j)]. A baseline b that does not
-# depend on the actions drops out, since E[grad log pi] = 0, and lowers the variance. The mean
-# reward of the other G - 1 rollouts of the same start is such a baseline.
-#
-# Prefix masking weighs turn t of T new turns by t/T on average. The policy decides T: a commit
-# ends the episode. So the weight depends on this turn's and later actions: b does not drop out,
-# and early turns of long episodes count less. This bias is the method's own. Roll-ins need no mask:
-# their given turns are not trained. All G rollouts share them, so the baseline accounts for them.
-def turn_weights(episode, mask, rng):
-    """The weight in the loss of an episode's action tokens (paper: random turn masking). none: 1.
-    random: turns k..T weigh 1, k ~ U{1..T}. expected: turn t weighs t/T. rng: of this rollout."""
-    total, fresh = len(episode.turns), not episode.given
-    if fresh and mask == "expected":
-        return [t / total for _, t in episode.actions]
-    k = rng.randint(1, total) if fresh and mask == "random" else 1
-    return [float(t >= k) for _, t in episode.actions]
-
-def advantages(rewards, std_norm=False):
-    """A_i = R_i - mean of the others of its group, = G/(G-1) (R_i - mean of all): (N, G) -> (N, G).
-    std_norm: divided by the group's standard deviation too, as in GRPO."""
-    rewards, group = rewards.double(), rewards.shape[1]  # the fp32 mean of equals may differ
-    centred = (rewards - rewards.mean(1, keepdim=True)) * group / (group - 1)
-    return centred / (rewards.std(1, keepdim=True) + 1e-6) if std_norm else centred
-
-def kl_terms(logp, reference):
-    """q - log q - 1 of each token, q = pi_SFT / pi. The mean of its value is KL(pi || pi_SFT), but
-    its gradient is that of KL(pi_SFT || pi), as in GRPO."""
-    return (reference - logp).exp() - (reference - logp) - 1
-
-def policy_loss(episodes, logps, rollouts, references=None, kl=0.0):
-    """L = 1/N sum_i [ - A_i sum_j m_ij log pi(y_ij)  +  kl sum_j (q_ij - log q_ij - 1) ].
-
-    logps, references: a (tokens,) tensor for each episode, which holds A_i and its m_ij. Summed
-    over micro-batches it is the batch's loss. N is the number of rollouts: with the number of
-    tokens in the loss, which depends on k, `random` would not average to `expected`. The KL term
-    holds on masked turns too: otherwise they could drift freely."""
-    loss = 0.0
-    for i, (e, logp) in enumerate(zip(episodes, logps)):
-        loss = loss - e.advantage * (logp.new_tensor(e.weights) * logp).sum()
-        if kl:
-            loss = loss + kl * kl_terms(logp, references[i]).sum()
-    return loss / rollouts
-
+# ==================== 9. Optimizer and SFT ========================================================
 class AdamW:
-    """AdamW (betas 0.9, 0.95; decay 0), for bf16 weights with Kahan's sum. A bf16 number has 8
-    significant bits: an update below 1/256 of a weight may be rounded away. What rounding takes
-    is kept in `lost` and added to the next update. The gradient's norm is clipped to 1. A step
-    whose norm is not finite changes nothing; ten in a row raise UserError."""
+    """AdamW (betas 0.9, 0.95; decay 0), for bf16 weights with Kahan's sum.
+
+    A bf16 number has 8 significant bits: an update below 1/256 of a weight may be rounded away.
+    What rounding takes is kept in `lost` and added to the next update. The gradient's norm is
+    clipped to 1. A step whose norm is not finite changes nothing."""
     def __init__(self, policy):
         self.weights = [p for p in policy.model.parameters() if p.requires_grad]
-        names = ["mean", "square"] + ["lost"] * (self.weights[0].dtype == torch.bfloat16)
+        names = ["mean", "square"]
+        if self.weights[0].dtype == torch.bfloat16:
+            names.append("lost")
         self.kept = {name: [torch.zeros_like(p) for p in self.weights] for name in names}
-        self.steps, self.skipped = torch.tensor(0), 0
+        self.steps = torch.tensor(0)
 
     def state(self):
         """{name: tensor}, weights too: all that a checkpoint needs of model and optimizer."""
-        named = {"weight": self.weights, **self.kept}.items()
-        return {"steps": self.steps} | {
-            f"{name}.{n}": t.detach() for name, tensors in named for n, t in enumerate(tensors)}
+        state = {"steps": self.steps}
+        for name, tensors in {"weight": self.weights, **self.kept}.items():
+            for number, tensor in enumerate(tensors):
+                state[f"{name}.{number}"] = tensor.detach()
+        return state
 
     @torch.no_grad()
     def step(self, lr):
         """One update from all workers' gradients (section 12). Clears them; returns their norm."""
-        for weight in self.weights:  # zero where a worker had nothing to learn
-            weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+        for weight in self.weights:
+            if weight.grad is None:  # a worker that had nothing to learn
+                weight.grad = torch.zeros_like(weight)
             if WORKERS > 1:  # a sum, since every loss is divided by the count of the whole batch
                 dist.all_reduce(weight.grad)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0).item()
-        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
-        if self.skipped == 10:
-            raise UserError("ten gradients in a row were not finite: lower the learning rate")
-        self.steps += not self.skipped
-        for weight, *kept in zip(self.weights, *self.kept.values()):
-            if not self.skipped:
-                self.update(weight, weight.grad.float(), lr, *kept)
+        if math.isfinite(norm):
+            self.steps += 1
+            for weight, *kept in zip(self.weights, *self.kept.values()):
+                self.update(weight, lr, *kept)
+        for weight in self.weights:
             weight.grad = None
         return norm
 
-    def update(self, weight, grad, lr, mean, square, lost=None):
+    def update(self, weight, lr, mean, square, lost=None):
+        grad = weight.grad.float()
         mean.copy_(mean.float().lerp(grad, 1 - 0.9))
         square.copy_(square.float().lerp(grad * grad, 1 - 0.95))
-        bias1, bias2 = 1 - 0.9 ** self.steps.item(), 1 - 0.95 ** self.steps.item()
-        change = -lr / bias1 * mean.float() / ((square.float() / bias2).sqrt() + 1e-8)
+        mean_bias = 1 - 0.9 ** self.steps.item()
+        square_bias = 1 - 0.95 ** self.steps.item()
+        scale = (square.float() / square_bias).sqrt() + 1e-8
+        change = -lr / mean_bias * mean.float() / scale
         if lost is None:
-            return weight.add_(change)
+            weight.add_(change)
+            return
         old = weight.float()
         change += lost.float()
         weight.copy_(old + change)
         lost.copy_(change - (weight.float() - old))
 
-# ==================== 9. SFT ======================================================================
+def batch_of(items, count, step, seed):
+    """Step 1, 2, ... takes the next `count` of endless passes over items, each shuffled by seed."""
+    number, skip = divmod((step - 1) * count, len(items))
+    taken = []
+    while len(taken) < skip + count:
+        taken += random.Random(f"{seed} {number}").sample(items, len(items))
+        number += 1
+    return taken[skip : skip + count]
+
+def micro_batches(episodes, size):
+    """Slices of at most `size` different episodes; equal ones stand together, since they share a
+    row. Equal lengths stand together too, for little padding; within a length one start does, since
+    its opening is then read once."""
+    def length_and_start(episode):
+        return len(episode.rest[0]), episode.start
+
+    equal = {}
+    for episode in sorted(episodes, key=length_and_start):
+        key = episode.start, tuple(episode.rest[0])
+        equal.setdefault(key, []).append(episode)
+    groups = list(equal.values())
+    slices = [groups[first : first + size] for first in range(0, len(groups), size)]
+    return [list(itertools.chain(*part)) for part in slices]
+
 def demonstration(policy, task, example, turns, start):
-    """A demonstration as an Episode. turns: [(text, the leading part that is taught), ...]."""
+    """A demonstration as an Episode. turns: [(taught, context), ...], see Task.demonstrations."""
     episode = begin(policy, task, example, start)
-    for number, (text, taught) in enumerate(turns, 1):
-        turn = read_turn(policy, task, episode, [*policy.encode(text), policy.end_id])
-        many = len(turn.ids) if taught == text else len(policy.encode(taught))
-        turn.loss_tokens = [i < many for i in range(len(turn.ids))]
+    for number, (taught, context) in enumerate(turns, 1):
+        ids = policy.encode(taught + context) + [policy.end_id]
+        turn = read_turn(policy, task, episode, ids)
+        if context:  # a wrong answer; the end of its turn is not taught either
+            count = len(policy.encode(taught))
+            turn.loss_tokens = [place < count for place in range(len(ids))]
         episode.turns.append(turn)
         if number < len(turns):
             reply(policy, task, episode, turn)
     return episode
 
 def sft(policy, task, cfg, run):
-    """Supervised fine-tuning, twice: `first` teaches first answers on all training pictures, `sft`
-    make.traces 128 demonstrations. The loss: mean -log pi(taught token), at policy.temperature."""
+    """Supervised fine-tuning in two stages: `first` teaches first answers on all training pictures,
+    `sft` whole demonstrations, make.traces 128 of them."""
+    rng = random.Random("first answers")
+    singles = []
+    for example in task.examples("train"):
+        text = f"<ANSWER>{task.say(task.solution(example, rng))}</ANSWER>"
+        singles.append((example, [(text, "")]))
     traces = task.demonstrations()
-    rng, examples = random.Random("first answers"), task.examples("train")
-    right = [f"<ANSWER>{task.say(task.right(example, rng))}</ANSWER>" for example in examples]
-    singles = [(example, [(text, text)]) for example, text in zip(examples, right)]
-    # Words that the tokenizer lacks would all look the same.
-    texts = {text for example, turns in (*traces, *singles)
-             for text in (*task.question(example), *(said for said, _ in turns))}
-    words = {word for text in texts for word in TAG.sub(" ", text).split()}
-    if lost := sorted(w for w in words if policy.tokenizer.unk_token_id in policy.encode(w)):
-        raise UserError(f"words that the model's tokenizer does not have: {' '.join(lost[:20])}")
-    for stage, steps, data in (("first", cfg.sft.first_steps, singles),
-                               ("sft", cfg.sft.steps, traces)):
-        made, optimizer = {}, AdamW(policy)
-        for step in run.steps(stage, steps, optimizer):
-            mine = share(batch_of(range(len(data)), cfg.sft.batch, step, cfg.seed))
-            for n in mine:
-                made[n] = made.get(n) or demonstration(policy, task, *data[n], n)
-            tokens, total = sum(gather([len(made[n].actions) for n in mine])), 0.0
-            for part in micro_batches([made[n] for n in mine], cfg.policy.micro):
-                logps, _ = policy.log_probs(part)
-                loss = -torch.cat(logps).sum() / tokens
-                loss.backward()
-                total += loss.item()
-            warm = min(1.0, step / max(1, min(100, steps // 10)))
-            rate = cfg.sft.lr * warm * (0.55 + 0.45 * math.cos(math.pi * step / steps))
-            norm = optimizer.step(rate)
-            run.log(loss=sum(gather([total])), grad_norm=norm, lr=rate)
+    check_words(policy, task, singles + traces)
+    sft_stage("first", cfg.sft.first_steps, singles, policy, task, cfg, run)
+    sft_stage("sft", cfg.sft.steps, traces, policy, task, cfg, run)
 
-def batch_of(items, count, step, seed):
-    """Step 1, 2, ... takes the next `count` of endless passes over items, each shuffled by seed."""
-    first, skip = divmod((step - 1) * count, len(items))
-    order = (random.Random(f"{seed} {n}").sample(items, len(items)) for n in itertools.count(first))
-    return [*itertools.islice(itertools.chain.from_iterable(order), skip, skip + count)]
+def check_words(policy, task, data):
+    """UserError if the tokenizer lacks words: they would all look the same."""
+    texts = set()
+    for example, turns in data:
+        texts.update(task.question(example), [taught + context for taught, context in turns])
+    for text in sorted(texts):
+        if policy.tokenizer.unk_token_id in policy.encode(text):
+            raise UserError(f"the model's tokenizer does not have all words of {text!r}")
 
-def micro_batches(episodes, size):
-    """Slices of at most `size` episodes. Equal lengths stand together, for little padding; within
-    a length one start stands together, since its opening is then read once."""
-    episodes = sorted(episodes, key=lambda e: (len(e.rest[0]), e.start))
-    return [episodes[at : at + size] for at in range(0, len(episodes), size)]
-
-# ==================== 10. RL ======================================================================
-def rl(policy, task, cfg, run, reference=None):
-    """The algorithm at the head of this file, from the SFT model `policy`. reference: a frozen copy
-    of it, for the KL term; with LoRA `policy` itself."""
-    questions = {e["id"]: e for e in task.examples("train")}
-    optimizer, buffer = AdamW(policy), Buffer(cfg.buffer)
-    group, rollouts = cfg.rl.samples, cfg.rl.questions * cfg.rl.samples
-    for step in run.steps("rl", cfg.rl.steps, optimizer, buffer):
-        # 1. Starts: a question, or a state in which the policy had to commit or correct.
-        seed, plan = f"{cfg.seed} {step}", []
-        rng = random.Random(seed)
-        for key in batch_of([*questions], cfg.rl.questions, step, cfg.seed):
-            state = buffer.take(rng) if rng.random() >= cfg.rl.rho else None
-            plan.append(state or (key, (), None))
-        starts = []
-        for n, (key, spoken, right) in share([*enumerate(plan)]):  # the part of this worker
-            starts.append(begin(policy, task, questions[key], n, spoken))
-            if cfg.buffer.force_think and right is False:  # it cannot commit (authors' release)
-                starts[-1].forced = policy.encode("<THINK>")
-
-        # 2. G rollouts from each start, turn by turn.
-        luck = uniforms(policy, [f"{seed} {s.start}" for s in starts], group, cfg.rl.max_turns)
-        episodes = play(policy, task, starts, group, cfg.rl.max_turns, luck, training=True)
-
-        # 3. Rewards, the advantage of each rollout within its group, and prefix masking.
-        paid = [reward(task, e, cfg.reward) for e in episodes]
-        advantage = advantages(torch.tensor(paid).view(len(starts), group), cfg.rl.std_norm)
-        for n, (e, a) in enumerate(zip(episodes, advantage.flatten().tolist())):
-            e.reward, e.advantage = paid[n], a
-            e.weights = turn_weights(e, cfg.rl.mask, random.Random(f"{seed} {e.start} {n % group}"))
-
-        # 4. The gradient, a micro-batch at a time. Where A is 0, as in groups of equal rewards, a
-        #    rollout is left out, of the KL term too (as in the paper).
-        kept, seen = [e for e in episodes if abs(e.advantage) > 1e-6], Counter()
-        for part in micro_batches(kept, cfg.policy.micro):
-            logps, entropies = policy.log_probs(part)
-            lora.on = False  # with adapters the SFT model is the policy without them
-            with torch.no_grad():
-                references = reference.log_probs(part)[0] if reference else None
-            lora.on = True
-            loss = policy_loss(part, logps, rollouts, references, cfg.rl.kl)
+def sft_stage(stage, steps, data, policy, task, cfg, run):
+    """Minimise the mean of -log pi(taught token), at policy.temperature."""
+    optimizer = AdamW(policy)
+    made = {}  # a demonstration is made once
+    for step in run.steps(stage, steps, optimizer):
+        batch = []
+        for number in share(batch_of(range(len(data)), cfg.sft.batch, step, cfg.seed)):
+            if number not in made:
+                made[number] = demonstration(policy, task, *data[number], number)
+            batch.append(made[number])
+        tokens = sum(gather([len(episode.actions) for episode in batch]))
+        total = 0.0
+        for part in micro_batches(batch, cfg.policy.micro):
+            logps, _ = policy.log_probs(part)
+            loss = -torch.cat(logps).sum() / tokens
             loss.backward()
-            # Figures for the log. off_policy tells of a wrong cache where it is above rounding.
-            now = torch.cat(logps).detach()
-            then = now.new_tensor([p for e in part for t in e.turns for p in t.logps])
-            kl = kl_terms(now, torch.cat(references)).sum().item() if references else 0.0
-            seen.update(episodes=len(part), tokens=len(now), kl=kl,
-                        entropy=torch.cat(entropies).sum().item(),
-                        off_policy=(now - then).abs().sum().item())
-
-        # 5. One step, states for later roll-ins, a line in the log. The rate rises for 20 steps and
-        #    then falls to a tenth along a line.
-        rate = cfg.rl.lr * min(step / 20, 1 - 0.9 * (step - 20) / max(1, cfg.rl.steps - 20))
+            total += loss.item()
+        # The rate rises for a tenth of the steps, and falls to a tenth along a cosine.
+        warm = min(1.0, step / max(1, min(100, steps // 10)))
+        rate = cfg.sft.lr * warm * (0.55 + 0.45 * math.cos(math.pi * step / steps))
         norm = optimizer.step(rate)
-        for state in filter(None, gather([buffer.state_of(task, e) for e in episodes])):
-            buffer.add(state)
-        outcomes = gather([outcome(task, e) for e in episodes])
-        sums = sum(gather([seen]), Counter())
-        run.log(**health(outcomes), kept=sums["episodes"] / rollouts,
-                wrong_states=len(buffer.wrong), right_states=len(buffer.right), grad_norm=norm,
-                lr=rate, **{key: sums[key] / max(1, sums["tokens"])
-                            for key in ("entropy", "kl", "off_policy")})
+        run.log(loss=sum(gather([total])), grad_norm=norm, lr=rate)
+
+# ==================== 10. Evaluation ==============================================================
+# What an episode came to, what is logged of a step, and greedy play on the test splits with probes.
+def outcome(task, episode):
+    """What an episode came to, for JSON. correct: of each answer, given ones too; never empty.
+    next: whether the answer after the first is correct."""
+    turns, answers = episode.all_turns, episode.answers
+    correct = [bool(task.exact(episode.example, answer)) for answer in answers] or [False]
+    return {
+        "id": episode.example["id"],
+        "example": episode.example,
+        "answers": answers,
+        "said": [turn.text for turn in turns if turn.kind == "answer"],
+        "last": turns[-1].text,
+        "correct": correct,
+        "first": correct[0],
+        "next": any(correct[1:2]),
+        "final": correct[-1],
+        "reward": episode.reward,
+        "commit": turns[-1].kind == "final",
+        "well_formed": well_formed(task, turns),
+        "repeats": repeats(task, answers),
+        "given": len(episode.given),
+        "turns": len(episode.turns),
+        "shown": len(episode.rest[1]),  # how many new turns got feedback
+    }
 
 def ratio(values):
     """The mean of a list; None where it is empty."""
     return sum(values) / len(values) if values else None
+
 def averages(outcomes, figures):
     return {figure: ratio([e[figure] for e in outcomes]) for figure in figures.split()}
 
-def outcome(task, episode):
-    """What an episode came to, for JSON. right: of each answer, given ones too; never empty."""
-    turns, answers = episode.all_turns, episode.answers
-    right = [bool(task.exact(episode.example, answer)) for answer in answers] or [False]
-    return {"id": episode.example["id"], "example": episode.example, "given": len(episode.given),
-            "answers": answers, "last": turns[-1].text,
-            "said": [turn.text for turn in turns if turn.kind == "answer"],
-            "right": right, "first": right[0], "final": right[-1], "reward": episode.reward,
-            "commit": turns[-1].kind == "final", "well_formed": well_formed(task, turns),
-            "repeats": any(task.same(a, b) for a, b in itertools.combinations(answers, 2)),
-            "turns": len(episode.turns), "shown": sum(t.picture is not None for t in turns)}
-
 def health(outcomes):
-    """Early signs of a collapse. commit_wrong: the share of shown wrong answers then committed."""
+    """Early signs of a collapse, of the rollouts of a step. commit_wrong: of the wrong answers that
+    were shown, the share that was then committed; rollin_...: in roll-ins after a wrong state."""
     fresh = [e for e in outcomes if not e["given"]]
-    wrong = [e for e in outcomes if e["given"] and not e["right"][e["given"] - 1]]
-    shown = [ok for e in fresh for ok in e["right"][: e["shown"]]]  # of each answer with feedback
-    misses = sum(e["commit"] and not e["final"] for e in fresh)
+    wrong = [e for e in outcomes if e["given"] and not e["correct"][e["given"] - 1]]
+    shown_wrong = sum(e["correct"][: e["shown"]].count(False) for e in fresh)
+    committed = sum(e["commit"] and not e["final"] for e in fresh)
     return {**averages(fresh, "first final commit turns"),
             **averages(outcomes, "reward well_formed repeats"),
             "rollins": ratio([e["given"] > 0 for e in outcomes]),
             "rollin_repair": ratio([e["final"] for e in wrong]),
             "rollin_commit_wrong": ratio([e["commit"] and e["turns"] == 1 for e in wrong]),
-            "commit_wrong": misses / shown.count(False) if False in shown else None}
+            "commit_wrong": committed / shown_wrong if shown_wrong else None}
 
-# ==================== 11. Evaluation ==============================================================
-# Greedy play. The last answer counts, committed or not. The share of commits is another figure.
-def play_greedy(policy, task, cases, cfg, feedback=None, hidden=False):
+def update_figures(episodes, logps, entropies, references):
+    """Sums over the tokens of a micro-batch. off_policy: how far the log-probs of the update are
+    from those of sampling. Above rounding it tells of a wrong cache, or of wrong positions."""
+    now = torch.cat(logps).detach()
+    then = now.new_tensor([logp for episode in episodes for logp in episode.sampled_logps])
+    kl = kl_terms(now, torch.cat(references)) if references else now.new_zeros(1)
+    return Counter(
+        episodes=len(episodes), tokens=len(now),
+        entropy=torch.cat(entropies).sum().item(),
+        off_policy=(now - then).abs().sum().item(),
+        kl=kl.sum().item())
+
+def update_averages(figures, rollouts):
+    """Means a token, and the share of rollouts that were kept, from the sums of all workers."""
+    sums = sum(figures, Counter())
+    tokens = max(1, sums["tokens"])
+    return {"kept": sums["episodes"] / rollouts, "entropy": sums["entropy"] / tokens,
+            "kl": sums["kl"] / tokens, "off_policy": sums["off_policy"] / tokens}
+
+def play_greedy(policy, task, cases, max_turns, feedback=None, hidden=False):
     """Outcomes of greedy play. cases: (example,) for a whole episode, (example, text) to go on from
     a given wrong first turn. feedback: what is shown after that turn, see `reply`. hidden: the
     question's picture is grey."""
     starts = []
-    for example, *texts in share(cases):
-        grey = Image.new("RGB", task.image(example).size, "#808080") if hidden else None
+    for number, (example, *texts) in enumerate(share(cases)):
+        image = grey(task.image(example)) if hidden else None
         spoken = [[*policy.encode(text), policy.end_id] for text in texts]
-        starts.append(begin(policy, task, example, 0, spoken, feedback, grey))
-    episodes = play(policy, task, starts, 1, cfg.eval.max_turns)
-    return gather([outcome(task, e) for e in episodes])
+        starts.append(begin(policy, task, example, number, spoken, feedback, image))
+    episodes = play(policy, task, starts, 1, max_turns)
+    return gather([outcome(task, episode) for episode in episodes])
+
+def grey(image):
+    """Plain grey, of the size of an image."""
+    return Image.new("RGB", image.size, "#808080")
 
 def probes(task, failed):
-    """{name: arguments of `play_greedy`}. A probe changes the feedback to the given wrong turn,
-    or the question's picture. Later feedback is true. once_NAME: the share whose next answer is
-    right; once_fixed: without a probe. If they are equal, what NAME takes away was not needed.
+    """{name: arguments of `play_greedy`}. A probe changes the feedback to a given wrong turn, or the
+    question's picture. Later feedback is true. If a probe does no harm, what it takes away was not
+    needed.
 
-    unmarked: the true picture without a mark. other_place: another question's wrong answer on this
-    picture; unmarked if there is none. other_picture: the feedback of another question. blank:
-    plain grey. hidden: the true feedback, but the question's picture is grey."""
-    known = [(example, parse_turn(task, text)[2]) for example, text in failed]
-    others = {e["id"]: [*known[n + 1 :], *known[: n + 1]] for n, (e, _) in enumerate(known)}
-
-    def other_place(example, answer):
-        for _, other in others[example["id"]]:
-            if not task.exact(example, other) and not task.same(answer, other):
-                return task.feedback(example, other)
-        return task.feedback(example, answer, mark=False)
-
+    other_picture: the feedback of another question. blank: plain grey. hidden: the true feedback,
+    but the question's picture is grey. failed: [(example, text of the wrong turn), ...]."""
     def other_picture(example, answer):
-        other, its_answer = next((e, a) for e, a in others[example["id"]] if e is example
-                                 or e["image"] != example["image"])  # at worst the example itself
-        return task.feedback(other, its_answer, mark=other is not example)
+        at = [e["id"] for e, _ in failed].index(example["id"])
+        for other, text in failed[at:] + failed[:at]:
+            if other["image"] != example["image"]:
+                _, _, its_answer = parse_turn(task, text)
+                return task.feedback(other, its_answer)
+        return task.feedback(example, answer)  # all ask about one picture
 
     def blank(example, answer):
-        return Image.new("RGB", task.feedback(example, answer).size, "#808080")
+        return grey(task.feedback(example, answer))
 
-    return {"unmarked": {"feedback": functools.partial(task.feedback, mark=False)},
-            "other_place": {"feedback": other_place}, "other_picture": {"feedback": other_picture},
-            "blank": {"feedback": blank}, "hidden": {"hidden": True}}
+    return {"other_picture": {"feedback": other_picture}, "blank": {"feedback": blank},
+            "hidden": {"hidden": True}}
 
 def bits(values):
     """One character a question for paired tests: 1, 0, or - where it was not asked."""
@@ -1237,35 +1765,127 @@ def bits(values):
 def rates(outcomes, most):
     """Figures of a split, rates in [0, 1]; None where nothing was counted. most: the turn limit.
     after_turn: the accuracy had it stopped after 1, 2, ... answers."""
-    return {"n": len(outcomes), **averages(outcomes, "first final commit turns"),
-            "repair_own": ratio([e["final"] for e in outcomes if not e["first"]]),
-            "break": ratio([not e["final"] for e in outcomes if e["first"]]),
-            "after_turn": [ratio([e["right"][: n + 1][-1] for e in outcomes]) for n in range(most)],
-            "first_by_question": bits(e["first"] for e in outcomes),
-            "final_by_question": bits(e["final"] for e in outcomes)}
+    return {
+        "n": len(outcomes),
+        **averages(outcomes, "first final commit turns"),
+        "repair_own": ratio([e["final"] for e in outcomes if not e["first"]]),
+        "break": ratio([not e["final"] for e in outcomes if e["first"]]),
+        "after_turn": [ratio([e["correct"][: n + 1][-1] for e in outcomes]) for n in range(most)],
+        "first_by_question": bits(e["first"] for e in outcomes),
+        "final_by_question": bits(e["final"] for e in outcomes),
+    }
+
+def repairs(policy, task, cfg, examples, wrong):
+    """What becomes of given wrong first turns, {example id: text}. repair_: the last answer is
+    correct; once_: the next answer is. fixed: with true feedback; the others are `probes`."""
+    failed = [(e, wrong[e["id"]]) for e in examples if e["id"] in wrong]
+    views = {"fixed": {}}
+    if cfg.eval.probes:
+        views |= probes(task, failed)
+    row = {}
+    for view, changes in views.items():
+        played = play_greedy(policy, task, failed, cfg.eval.max_turns, **changes)
+        for figure, key in (("repair", "final"), ("once", "next")):
+            verdicts = {e["id"]: e[key] for e in played}
+            name = f"{figure}_{view}"
+            row[name] = ratio(verdicts.values())
+            row[f"{name}_by_question"] = bits(verdicts.get(e["id"]) for e in examples)
+    return row
 
 def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
-    """(rows, fixed, outcomes by split): `rates` of each split, with the repair of `fixed` wrong
-    first turns, {split: {example id: text}}; None: the policy's own. All models that are compared
-    get those of the SFT model. So none gains by failing first."""
+    """(rows, fixed, outcomes by split): `rates` of each split and `repairs` of `fixed`,
+    {split: {example id: text}}. None: the policy's own wrong first turns. All models that are
+    compared get those of the SFT model. So none gains by failing first."""
     rows, wrong, played = [], {}, {}
     for split in tqdm(task.splits, desc=title, unit="split", disable=RANK > 0):
         examples = task.examples(f"{cfg.eval.splits}_{split}")
-        outcomes = played[split] = play_greedy(policy, task, [(e,) for e in examples], cfg)
+        outcomes = play_greedy(policy, task, [(e,) for e in examples], cfg.eval.max_turns)
         wrong[split] = {e["id"]: e["said"][0] for e in outcomes if e["said"] and not e["first"]}
-        given = (fixed or wrong)[split]
-        failed = [(e, given[e["id"]]) for e in examples if e["id"] in given]
-        row = {"split": split, "ood": split != "id", **rates(outcomes, cfg.eval.max_turns)}
-        views = {"fixed": {}} | (probes(task, failed) if cfg.eval.probes else {})
-        for name, view in views.items():  # repair_: the last answer is right; once_: the next is
-            after = {e["id"]: e for e in play_greedy(policy, task, failed, cfg, **view)}
-            once = {key: any(e["right"][1:2]) for key, e in after.items()}
-            final = {key: e["final"] for key, e in after.items()}
-            for figure, right in (("repair", final), ("once", once)):
-                row[f"{figure}_{name}"] = ratio(right.values())
-                row[f"{figure}_{name}_by_question"] = bits(right.get(e["id"]) for e in examples)
-        rows.append(row)
+        row = rates(outcomes, cfg.eval.max_turns)
+        row |= repairs(policy, task, cfg, examples, (fixed or wrong)[split])
+        rows.append({"split": split, "ood": split != "id", **row})
+        played[split] = outcomes
     return rows, fixed or wrong, played
+
+# ==================== 11. Settings ================================================================
+# config.yaml names every setting once: `name: [default, allowed, sentence]`. A row of `tasks`, one
+# of `profiles` and one of `methods` then change defaults, in this order.
+def read_config(words=()):
+    """The settings as (cfg, flat): cfg.rl.steps and so on, and {"rl.steps": 400, ...}.
+    words: `key=value`, or names of YAML files of settings; the later wins. Raises UserError."""
+    config, given = read_yaml(HERE / "config.yaml"), read_words(words)
+    table = flatten(config["settings"])
+    flat = {key: default for key, (default, _, _) in table.items()}
+    for kind in ("task", "profile", "method"):
+        rows = config[kind + "s"]
+        table[kind][1] = "|".join(rows)  # config.yaml says "rows" there
+        row = check_value(kind, given.get(kind, flat[kind]), table)
+        flat |= flatten(rows[row])
+    cfg = types.SimpleNamespace()
+    for key, value in (flat | given).items():
+        flat[key] = check_value(key, value, table)
+        section, _, name = key.rpartition(".")
+        place = cfg
+        if section:
+            place = vars(cfg).setdefault(section, types.SimpleNamespace())
+        setattr(place, name, flat[key])
+    return cfg, flat
+
+def read_words(words):
+    given = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if equals:
+            given[key] = value
+        elif word.endswith((".yaml", ".yml")):
+            given |= flatten(read_yaml(word))
+        else:
+            raise UserError(f"'{word}' is not key=value, nor a YAML file; for example: seed=3")
+    return given
+
+def read_yaml(file):
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{file}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
+    if isinstance(found, dict):
+        return found
+    raise UserError(f"{file}: not a table of settings; for example a line `seed: 3`")
+
+def flatten(values, before=""):
+    """{"rl": {"steps": 3}} -> {"rl.steps": 3}."""
+    flat = {}
+    for key, value in values.items():
+        key = f"{before}{key}"
+        flat |= flatten(value, key + ".") if isinstance(value, dict) else {key: value}
+    return flat
+
+def check_value(key, value, table):
+    """`value` (a word, or what YAML made of it) in the type of the default. UserError if it is not
+    allowed. allowed: a range `0..1`, words `a|b|c`, `yes|no`, `text`, or `text X`: one with X."""
+    if key not in table:
+        near = [known for known in table if known.endswith("." + key)]
+        near += [*difflib.get_close_matches(key, table, 1), "see --help"]
+        raise UserError(f"unknown setting '{key}'; nearest: {near[0]}")
+    default, allowed, _ = table[key]
+    text, kind, found = str(value), type(default), None
+    if kind is bool:
+        found = {"yes": True, "true": True, "no": False, "false": False}.get(text.lower())
+    elif kind is str:
+        is_text, _, part = allowed.partition(" ")
+        if text in allowed.split("|") or is_text == "text" and part in text:
+            found = text
+    else:
+        low, high = allowed.split("..")
+        with contextlib.suppress(ValueError):
+            number = kind(text)
+            if float(low) <= number <= float(high):  # false for nan as well
+                found = number
+    if found is None:
+        words = allowed.replace("..", " to ").replace("|", ", ")
+        words += ", a whole number" if kind is int else ""
+        raise UserError(f"{key}={text} is not allowed; allowed: {words}")
+    return found
 
 # ==================== 12. A run ===================================================================
 # Workers are processes that hold the same model and a share of the questions each; `torchrun`
@@ -1273,6 +1893,7 @@ def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
 # and writes. Another number of workers is another run: sums round otherwise.
 WORKERS = int(os.environ.get("WORLD_SIZE") or 1)
 RANK = int(os.environ.get("RANK") or 0) if WORKERS > 1 else 0
+
 def share(items):
     """This worker's part of a list: a slice."""
     return items[len(items) * RANK // WORKERS : len(items) * (RANK + 1) // WORKERS]
@@ -1283,7 +1904,23 @@ def gather(items=()):
     parts = [items] * WORKERS
     if WORKERS > 1:
         dist.all_gather_object(parts, items)
-    return [*itertools.chain(*parts)]
+    return [item for part in parts for item in part]
+
+@contextlib.contextmanager
+def written_whole(path):
+    """A temporary path. What is written there takes the place of a file or folder, or nothing does:
+    UserError, as on a full disk, and `path` is as it was."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        yield temporary
+        shutil.rmtree(path, ignore_errors=True)  # of a folder; a file is replaced
+        os.replace(temporary, path)
+    except Exception as error:  # the libraries raise many kinds
+        raise UserError(f"{path} cannot be written: {error}") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
 
 class Run:
     """The folder of a run: settings.yaml, metrics.jsonl, checkpoints, and at the end the report. A
@@ -1291,84 +1928,79 @@ class Run:
     def __init__(self, folder, flat, wait=False):
         """Lock the folder. UserError if it holds checkpoints or results of other settings, program,
         model or data. A setting that is newer than the run counts as its default."""
-        self.folder, self.began, self.stopping = Path(folder), time.time(), False
-        self.metrics, file = self.folder / "metrics.jsonl", self.folder / "settings.yaml"
+        self.folder, self.began = Path(folder), time.time()
+        self.metrics = self.folder / "metrics.jsonl"
         if RANK == 0:
             self.lock = data_prep.lock(self.folder, wait)
-            made = [*self.folder.glob("*.safetensors"), *self.folder.glob("results.json")]
-            before = read_config()[1] | (read_yaml(file) if made else flat)
-            for key, value in flat.items():
-                if before.get(key) != value and key not in ("run", "data", "mode"):
-                    raise UserError(f"{self.folder} holds a run with {key}={before.get(key)}, now "
-                                    f"{value} (files: digests): give run=ANOTHER_NAME or remove it")
-            write_file(file, yaml.safe_dump(flat, sort_keys=False))
+            self.check_settings(flat)
+            write_file(self.folder / "settings.yaml", yaml.safe_dump(flat, sort_keys=False))
         gather()
 
+    def check_settings(self, flat):
+        made = [*self.folder.glob("*.checkpoint"), *self.folder.glob("results.json")]
+        if not made:  # nothing was trained here yet
+            return
+        before = read_config()[1] | read_yaml(self.folder / "settings.yaml")
+        for key, value in flat.items():
+            if before.get(key) != value and key not in ("run", "data", "mode"):
+                raise UserError(f"{self.folder} holds a run with {key}={before.get(key)}, now "
+                                f"{value} (files: digests): give run=ANOTHER_NAME or remove it")
+
     def log(self, **figures):
-        for key, value in figures.items():
+        """A line of metrics.jsonl, with what `lap` has timed. The bar shows some of it."""
+        line = {"stage": self.stage, "step": self.step}
+        for key, value in (figures | self.laps).items():
             if isinstance(value, float):  # JSON has no nan
-                figures[key] = float(f"{value:.6g}") if math.isfinite(value) else None
+                value = float(f"{value:.6g}") if math.isfinite(value) else None
+            line[key] = value
+        self.bar.set_postfix({key: line[key] for key in SHOWN if key in line}, refresh=False)
         if RANK == 0:
             with open(self.metrics, "a") as out:
-                out.write(json.dumps({"stage": self.stage, "step": self.step, **figures}) + "\n")
+                out.write(json.dumps(line) + "\n")
+
+    def lap(self, name):
+        """Time a part of a step: the seconds since the last lap, or since the step began."""
+        now = time.time()
+        self.laps[f"{name}_seconds"] = now - self.lapped
+        self.lapped = now
 
     def steps(self, stage, count, optimizer, buffer=None):
         """1 .. count under a progress bar, from the stage's last checkpoint. Writes one every 20
         seconds, or less often: writing takes at most a twentieth of the time."""
-        self.stage = stage
+        self.stage, self.checkpoint = stage, self.folder / f"{stage}.checkpoint"
         done, saved, cost = self.load(optimizer, buffer), time.time(), 0.0
-        handle_signals(self.stop_soon)
-        try:
-            for self.step in tqdm(range(done + 1, count + 1), initial=done, total=count, desc=stage,
-                                  unit="step", disable=RANK > 0):
-                yield self.step
-                stop = any(gather([self.stopping]))
-                due = stop or self.step == count or time.time() - saved > max(20, 20 * cost)
-                if RANK == 0 and due and not optimizer.skipped:  # a checkpoint lacks `skipped`
-                    saved = time.time()
-                    self.save(optimizer, buffer)
-                    cost = time.time() - saved
-                if stop:
-                    raise KeyboardInterrupt
-        finally:
-            handle_signals(signal.default_int_handler)
-
-    def stop_soon(self, number, frame):
-        """Ctrl-C and SIGTERM wait for the end of the step. The second one does not."""
-        self.stopping = True
-        handle_signals(signal.default_int_handler)
+        self.bar = tqdm(range(done + 1, count + 1), initial=done, total=count, desc=stage,
+                        unit="step", disable=RANK > 0)
+        for self.step in self.bar:
+            self.laps, self.lapped = {}, time.time()
+            yield self.step
+            now = time.time()
+            due = self.step == count or now - saved > max(20, 20 * cost)
+            if RANK == 0 and due:
+                self.save(optimizer, buffer)
+                saved = time.time()
+                cost = saved - now
 
     def save(self, optimizer, buffer):
         """A checkpoint: trained weights, optimizer, buffer, number of the step. That is enough:
-        randomness depends on seed and step alone, and frozen weights are in the model's folder. Its
-        name has a digest, which tells of damage; then the one before it, kept for that, is used."""
-        for old in {*self.folder.glob(f"{self.stage}-*.safetensors")} - {self.good}:
-            old.unlink()
-        states = json.dumps([*buffer.wrong, *buffer.right] if buffer else []).encode()
-        content = optimizer.state() | {"states": torch.tensor([*states], dtype=torch.uint8)}
-        temporary = self.folder / "checkpoint.tmp"
-        try:
-            safetensors.torch.save_file(content, temporary)
-            name = f"{self.stage}-{self.step:07d}-{data_prep.digest(temporary)}.safetensors"
-            self.good = temporary.rename(self.folder / name)
-        finally:  # of a full disk
-            temporary.unlink(missing_ok=True)
+        randomness depends on seed and step alone, and frozen weights are in the model's folder."""
+        states = [*buffer.wrong, *buffer.correct] if buffer else []
+        with written_whole(self.checkpoint) as temporary:
+            torch.save((self.step, optimizer.state(), states), temporary)
 
     def load(self, optimizer, buffer):
-        """Restore the stage's last good checkpoint and cut the log back to it. Its step, or 0."""
-        self.good, done = None, 0  # good: the last good checkpoint
-        for file in sorted(self.folder.glob(f"{self.stage}-*.safetensors")):
-            _, step, digest = file.stem.split("-")
-            if data_prep.digest(file) == digest:
-                self.good, done = file, int(step)
-            else:
-                print(f"{file} is damaged; the one before it is used", file=sys.stderr)
-        if done:
-            with safetensors.safe_open(self.good, "pt") as found:
-                for name, tensor in optimizer.state().items():
-                    tensor.copy_(found.get_tensor(name))
-                for state in json.loads(bytes(found.get_tensor("states").tolist())):
-                    buffer.add(state)
+        """Restore the stage's last checkpoint and cut the log back to it. Its step, or 0."""
+        done, tensors, states = 0, {}, []
+        if self.checkpoint.is_file():
+            try:
+                done, tensors, states = torch.load(self.checkpoint, "cpu", weights_only=True)
+            except Exception:  # many kinds
+                raise UserError(f"{self.checkpoint} is damaged: remove it, and the stage begins "
+                                "anew") from None
+        for name, tensor in tensors.items():
+            optimizer.state()[name].copy_(tensor)
+        for state in states:
+            buffer.add(state)
         gather()
         if RANK == 0:
             lines = [json.dumps(line) + "\n" for line in data_prep.read_lines(self.metrics)
@@ -1378,144 +2010,168 @@ class Run:
 
     def finish(self, **content):
         """Write results.json, which says that the run is done, and remove the checkpoints."""
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_initialized() else ""
-        about = {"seconds": round(time.time() - self.began, 1), "workers": WORKERS,
-                 "torch": torch.__version__, "transformers": transformers.__version__,
-                 "device": gpu or platform.machine()}
+        device = platform.machine()
+        if torch.cuda.is_initialized():
+            device = torch.cuda.get_device_name()
+        about = {"seconds": round(time.time() - self.began, 1), "workers": WORKERS, "device": device,
+                 "torch": torch.__version__, "transformers": transformers.__version__}
         write_file(self.folder / "results.json", json.dumps({**content, "about": about}, indent=1))
-        for file in self.folder.glob("*.safetensors"):
-            file.unlink()
+        for stage in CHARTS:
+            (self.folder / f"{stage}.checkpoint").unlink(missing_ok=True)
 
 def fingerprint(cfg):
     """What a result depends on beside the settings: the contents of program, model and data."""
-    name = source_of(cfg.model)
-    if Path(name).is_dir():
-        model = data_prep.digest(*sorted(f for f in Path(name).glob("*") if f.is_file()))
-    else:  # of the hub: the commit, since its files may come later
-        model = Path(transformers.utils.cached_file(name, "config.json")).parent.name
-    data, files = Path(cfg.data), []
+    model, data = Path(source_of(cfg.model)), Path(cfg.data)
+    files = []
     if data.is_file():  # own data, with the pictures
         files = [data, *(data.parent / e["image"] for e in data_prep.read_examples(data))]
     elif (data / "data.json").is_file():
-        files = sorted(f for f in data.rglob("*") if f.is_file())
-    return {"program": data_prep.digest(HERE / "vrrl.py", HERE / "data_prep.py"),
-            "model_files": model, "data_files": data_prep.digest(*files), "workers": WORKERS}
+        files = data.rglob("*")
+    return {"program": program_of(None), "model_files": data_prep.digest(*files_of(model.glob("*"))),
+            "data_files": data_prep.digest(*files_of(files)), "workers": WORKERS}
 
-def sft_model(words, task, parent):
-    """(policy, folder) of the SFT model. Methods with equal SFT settings share it."""
+def files_of(paths):
+    return sorted(path for path in paths if path.is_file())
+
+def program_of(names):
+    """A name for what the program does: an edit of a comment leaves it as it is. names: only what
+    these definitions of this file reach."""
+    parts = [data_prep.code_digest(HERE / "vrrl.py", names),
+             data_prep.code_digest(HERE / "data_prep.py")]
+    return data_prep.digest_of(parts)
+
+def train_sft(cfg, task, run):
+    policy = load_policy(cfg.model, cfg)
+    sft(policy, task, cfg, run)
+    if RANK == 0:
+        policy.save(run.folder / "model")
+        run.finish()
+
+def sft_model(words, task, parent, files):
+    """The folder of the SFT model. Methods with equal SFT settings share it. It is found again as
+    long as what SFT computes stays the same. files: see `fingerprint`."""
     cfg, flat = read_config(words)
     others = "method", "profile", "mode", "run", "data", "rl", "reward", "buffer", "eval"
-    decides = {k: v for k, v in flat.items() if k.split(".")[0] not in others} | fingerprint(cfg)
+    decides = {key: value for key, value in flat.items() if key.split(".")[0] not in others}
+    decides |= files
+    decides["program"] = program_of(["sft", "load_policy", type(task).__name__])
     run = Run(parent / f"sft-{data_prep.digest_of(decides)}", decides, wait=True)
     if not (run.folder / "results.json").is_file():  # no other run can end it: it is locked
-        policy = load_policy(cfg.model, cfg)
-        sft(policy, task, cfg, run)
-        if RANK == 0:
-            policy.save(run.folder / "model")
-            run.finish()
+        train_sft(cfg, task, run)
     gather()
-    return load_policy(run.folder / "model", cfg), run.folder
+    return run.folder
 
-def weight_sum(policy):
-    return sum(p.detach().cpu().double().sum().item() for p in policy.model.parameters())
-
-def train(cfg, words, task, run):
-    """SFT, RL, evaluation. A stage of 0 steps does nothing."""
-    if (run.folder / "results.json").is_file():
-        return print((run.folder / "report.md").read_text())
-    # The model that all methods are compared with.
-    policy, base_folder = sft_model([*words, "method=sft"], task, run.folder.parent)
-    file = base_folder / f"evaluation-{data_prep.digest_of(vars(cfg.eval))}.json"
+def evaluate_base(cfg, task, folder):
+    """(rows, fixed) of `evaluate` for the SFT model in a folder, made once."""
+    file = folder / f"evaluation-{data_prep.digest_of(vars(cfg.eval))}.json"
     if any(gather([not file.is_file()])):  # all workers take the same branch
+        policy = load_policy(folder / "model", cfg)
         rows, fixed, _ = evaluate(policy, task, cfg, title="evaluate sft")
         if RANK == 0:
             write_file(file, json.dumps([rows, fixed]))
         gather()
-    rows, fixed = data_prep.read_json(file)
-    policy, sft_folder = sft_model(words, task, run.folder.parent)
+    return data_prep.read_json(file)
+
+def train(cfg, words, task, run, files):
+    """SFT, RL, evaluation. A stage of 0 steps does nothing."""
+    if (run.folder / "results.json").is_file():
+        print((run.folder / "report.md").read_text())
+        return
+    parent = run.folder.parent
+    # The model that all methods are compared with, and the one that this method starts from.
+    rows, fixed = evaluate_base(cfg, task, sft_model([*words, "method=sft"], task, parent, files))
+    sft_folder = sft_model(words, task, parent, files)
+    policy = load_policy(sft_folder / "model", cfg)
+    name = cfg.method
     if cfg.rl.steps:
-        before, reference = weight_sum(policy), None
-        if cfg.rl.kl:
-            reference = policy if cfg.policy.lora else load_policy(sft_folder / "model", cfg)
-        rl(policy, task, cfg, run, reference)
-        if weight_sum(policy) == before:
-            raise UserError("RL changed no weight: in every step all rollouts of a start had equal "
-                            "rewards (all wrong: raise sft.first_steps), or the loss is broken")
-    own, _, played = evaluate(policy, task, cfg, fixed, f"evaluate {cfg.method}")
+        if cfg.rl.kl and not cfg.policy.lora:
+            policy.reference = load_policy(sft_folder / "model", cfg)
+        if not rl(policy, task, cfg, run):
+            print("warning: RL changed no weight: in no step did the rollouts of a start differ in "
+                  "their rewards", file=sys.stderr)
+        name += " + RL" * (name == "sft")
+    own, _, played = evaluate(policy, task, cfg, fixed, f"evaluate {name}")
     if RANK == 0:
         policy.save(run.folder / "model")
-        name = cfg.method + " + RL" * (cfg.method == "sft" and cfg.rl.steps > 0)
         report(run, task, {"sft": rows, name: own}, played, sft_folder)
+
+# The figures that people look at; both raise an error where a name is no longer known.
+COLUMNS = ["first", "final", "repair_own", "repair_fixed", "break", "commit"]
+SHOWN = ["loss", "reward", "turns", "rollin_repair"]  # beside the progress bar
+SFT_CHARTS = {"loss, nats a token": "loss", "gradient norm": "grad_norm"}
+CHARTS = {"first": SFT_CHARTS, "sft": SFT_CHARTS, "rl": {
+    "reward": "reward", "accuracy, sampled": "first final", "commits": "commit",
+    "commits of wrong answers": "commit_wrong rollin_commit_wrong",
+    "repair after a wrong state": "rollin_repair", "turns": "turns", "entropy": "entropy",
+    "well-formed, repeats": "well_formed repeats", "states": "wrong_states correct_states",
+    "shares: kept, roll-ins": "kept rollins", "gradient norm": "grad_norm", "KL": "kl",
+    "off policy": "off_policy"}}
 
 def report(run, task, models, played, *folders):
     """What people look at: report.md, curves.png, episodes.png; results.json ends the run."""
-    data_prep.curves(run.folder / "curves.png",
-                     [folder / "metrics.jsonl" for folder in (*folders, run.folder)])
+    files = [folder / "metrics.jsonl" for folder in (*folders, run.folder)]
+    data_prep.curves(run.folder / "curves.png", files, CHARTS)
     pool = [e for split in reversed(task.splits) for e in played[split] if e["answers"]]
     pool.sort(key=lambda e: e["first"] >= e["final"])  # repairs come first
     rows = []
     for e in pool[:6]:
         shown = [task.feedback(e["example"], answer) for answer in e["answers"]]
+        verdicts = ["right" if correct else "wrong" for correct in e["correct"]]
         rows.append({"label": f"{e['id']}   last turn: {e['last']}",
                      "captions": [task.question(e["example"])[0], *e["said"]],
-                     "images": [task.image(e["example"]), *shown],
-                     "verdicts": ["", *("right" if ok else "wrong" for ok in e["right"])]})
+                     "images": [task.image(e["example"]), *shown], "verdicts": ["", *verdicts]})
     data_prep.film_strip(run.folder / "episodes.png", rows, run.folder.name)
-    table = data_prep.table(models)
+    table = data_prep.table(models, COLUMNS)
     write_file(run.folder / "report.md", table + "\n")
     run.finish(rows=[{"method": m, **row} for m, rows in models.items() for row in rows])
     print(table)
 
 def main(words):
     if {"-h", "--help", "help"} & set(words):
-        usage = "usage: python vrrl.py [FILE.yaml] [key=value ...], as in rl.steps=600\n\n"
-        return print(usage + (HERE / "config.yaml").read_text())
+        print("usage: python vrrl.py [FILE.yaml] [key=value ...], as in rl.steps=600\n")
+        print((HERE / "config.yaml").read_text())
+        return
     cfg, flat = read_config(words)
     source_of(cfg.model)  # what is wrong with it is said before any work
-    if WORKERS > 1:  # started by `torchrun`. A worker that ends ends the others: `run_main`
+    if WORKERS > 1:
         backend = "gloo" if device_of(cfg).type == "cpu" else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # SFT may be awaited
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
-    name = f"{cfg.task}-{cfg.method}-seed{cfg.seed}"
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")
+    parts = [cfg.task, cfg.method, f"seed{cfg.seed}"]
     if cfg.mode == "eval":
-        name = f"eval-{cfg.task}-{'-'.join(Path(cfg.model).parts[-2:])}"
-    folder = Path(cfg.run or f"runs/{name}" + f"-{cfg.profile}" * (cfg.profile != "default"))
+        parts = ["eval", cfg.task, *Path(cfg.model).parts[-2:]]
+    if cfg.profile != "default":
+        parts.append(cfg.profile)
+    folder = cfg.run or "runs/" + "-".join(parts)
     print(f"run folder: {folder}")
-    task, run = TASKS[cfg.task](cfg), Run(folder, flat | fingerprint(cfg))
+    task, files = TASKS[cfg.task](cfg), fingerprint(cfg)
+    run = Run(folder, flat | files)
     if cfg.mode == "train":
-        return train(cfg, words, task, run)
+        train(cfg, words, task, run, files)
+        return
     rows, _, played = evaluate(load_policy(cfg.model, cfg), task, cfg)
     if RANK == 0:
         report(run, task, {cfg.model: rows}, played)
 
-def handle_signals(handler):
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, handler)
 def run_main(function, words):
     """What the user can mend becomes one line and exit code 2."""
-    handle_signals(signal.default_int_handler)
     code = 2
     try:
         function(words)
         if WORKERS > 1:  # else its threads may abort the process while it ends
             dist.destroy_process_group()
-        return sys.stdout.flush()  # while a closed pipe can still be caught
+        return
     except KeyboardInterrupt:
         message, code = "stopped; the same command goes on from the last checkpoint", 130
     except UserError as error:
         message = f"error: {error}"
-    except BrokenPipeError:  # as in `python vrrl.py | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        raise SystemExit(0) from None
-    except (OSError, safetensors.SafetensorError) as error:  # not allowed, or a full disk
+    except OSError as error:  # not allowed, or a full disk
         message = f"error: {error}: the same command goes on from the last checkpoint"
     except (RuntimeError, MemoryError) as error:
-        if "gloo" in str(error):
-            message, code = "error: another worker has ended", 1
-        elif re.search("out of memory|(enough|allocate) memory|MemoryError", f"{error!r}", re.I):
-            message = "error: out of memory: lower policy.rows, policy.micro or policy.max_new"
-        else:
+        if "memory" not in f"{error!r}".lower():
             raise
+        message = "error: out of memory: lower policy.rows, policy.micro or policy.max_new"
     if RANK > 0:  # worker 0 may say the same, and then it ends this process
         time.sleep(3)
     print(message, file=sys.stderr)

@@ -34,9 +34,11 @@ if __name__ == "__main__":
     starts = [vrrl.begin(policy, task, e, n) for n, e in enumerate(task.examples("train")[:150])]
     luck = vrrl.uniforms(policy, [str(start.start) for start in starts], 4, 4)
     fresh = vrrl.play(policy, task, starts, 4, 4, luck)
-    buffer = vrrl.Buffer(cfg.buffer)
-    for state in filter(None, (buffer.state_of(task, e) for e in reversed(fresh))):
-        buffer.add(state)
+    buffer = vrrl.Buffer(cfg.buffer.size, cfg.buffer.correct_share)
+    for episode in reversed(fresh):
+        state = vrrl.state_of(task, episode, cfg.buffer.store)
+        if state is not None:
+            buffer.add(state)
     questions = {e["id"]: e for e in task.examples("train")}
     starts = [vrrl.begin(policy, task, questions[key], n, spoken)
               for n, (key, spoken, _) in enumerate([*buffer.wrong][:150])]

@@ -17,6 +17,7 @@ import functools, itertools, math, os, random, sys, time
 from pathlib import Path
 
 import tokenizers, torch, transformers
+from PIL import ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data_prep, vrrl
@@ -100,6 +101,18 @@ def random_walk(rng, size, start):
         covered.add(at)
     return moves, covered
 
+def draw_hairs(image, point):
+    """A copy of the whole picture with cross hairs through a point (x, y) and a ring around it."""
+    copy = image.convert("RGB")
+    draw = ImageDraw.Draw(copy)
+    x, y = round(point[0]), round(point[1])
+    thick = max(2, round(max(image.size) / 400))
+    draw.line((x, 0, x, image.height), fill=data_prep.MARK, width=thick)
+    draw.line((0, y, image.width, y), fill=data_prep.MARK, width=thick)
+    draw.circle((x, y), 3 + 2 * thick, outline=data_prep.MARK, width=thick)
+    draw.circle((x, y), thick, fill=data_prep.MARK)
+    return copy
+
 # Shape, number of parts, whether with look-alikes.
 SHAPES = (("bars", (6, 9), False), ("scatter", (10, 16), False), ("table", (4, 7), False),
           ("table", (9, 11), False))
@@ -120,8 +133,8 @@ class Figures(vrrl.Points):
         record, image = data_prep.make_figure(rng, shape, size, alike=alike)
         example = {**record, "size": image.size, "image": image}
         if rng.random() < 0.3:
-            return example, self.wrong(example, rng)
-        return example, self.near(rng, self.right(example), 6)
+            return example, self.mistake(example, rng)
+        return example, self.near(rng, self.solution(example), 6)
 
 def pointing_talk(rng, pictures, task):
     """One figure: a point on the whole of it, then crops around the point as it moves."""
@@ -131,7 +144,7 @@ def pointing_talk(rng, pictures, task):
         if rng.random() < 0.5:
             return [(shown, "say the cells", red_cells(example, point, task))]
         return [(shown, "say the offset", task.thought(example, point))]
-    hairs = data_prep.draw_hairs(example["image"], task.pixel(example, point))
+    hairs = draw_hairs(example["image"], task.pixel(example, point))
     talk = [(hairs, "say the point", task.say(point))]
     while len(talk) < pictures:
         shown, there = task.feedback(example, point), task.near(rng, point, rng.randint(1, 5))
@@ -159,7 +172,7 @@ def measuring_talks(task, processor):
         crop = vrrl.Picture(task.feedback(example, point), processor)
         crops.append((crop, task.thought(example, point)))
         if number % 4 == 0:
-            hairs = data_prep.draw_hairs(example["image"], task.pixel(example, point))
+            hairs = draw_hairs(example["image"], task.pixel(example, point))
             starts.append((vrrl.Picture(hairs, processor), "say the point", task.say(point)))
         if number % 8 == 0:
             maps.append([(vrrl.Picture(image, processor), *rest)
@@ -177,14 +190,14 @@ def lesson(policy, talk, number):
     """A conversation as an Episode whose answers are all taught; its pictures as Picture or PIL."""
     pictures = [p if isinstance(p, vrrl.Picture) else vrrl.Picture(p, policy.processor)
                 for p, _, _ in talk]
-    head, asked = policy.prompt(talk[0][1], "")[0], {"talk": [rest for _, *rest in talk]}
+    head, asked = policy.prompt(talk[0][1], "").question, {"talk": [rest for _, *rest in talk]}
     episode = vrrl.Episode(asked, policy.place(head, pictures[0]), pictures[0], number)
     for n, (_, _, answer) in enumerate(talk, 1):
         ids = [*policy.encode(answer), policy.end_id]
         turn = vrrl.Turn(ids, [True] * len(ids))
         if n < len(talk):
             turn.picture = pictures[n]
-            turn.reply = policy.place(policy.prompt("", talk[n][1])[2], turn.picture)
+            turn.reply = policy.place(policy.prompt("", talk[n][1]).reply, turn.picture)
         episode.turns.append(turn)
     return episode
 

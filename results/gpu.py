@@ -85,16 +85,17 @@ def main(words):
         save_random(cfg.profile, folder)
         cfg, _ = vrrl.read_config([*words, f"model={folder}", f"data={folder}/data"])
         policy, rng, timer = vrrl.load_policy(folder, cfg), random.Random(0), Timer()
-        reference = cfg.rl.kl and (policy if cfg.policy.lora else vrrl.load_policy(folder, cfg))
+        if cfg.rl.kl and not cfg.policy.lora:
+            policy.reference = vrrl.load_policy(folder, cfg)
         point = lambda: (rng.randrange(1001), rng.randrange(1001))
         vrrl.read_turn = lambda policy, task, episode, ids, logps=(): vrrl.Turn(
             ids, [True] * len(ids), logps, "answer", None, point())
         vrrl.well_formed = lambda task, turns, unfinished=False: unfinished
-        vrrl.reward = lambda task, episode, cfg: rng.random()
+        vrrl.reward = lambda task, episode, **numbers: rng.random()
         vrrl.play = timer.play
         print(json.dumps({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
                           "transformers": transformers.__version__, "words": words}))
-        vrrl.rl(policy, vrrl.TASKS[cfg.task](cfg), cfg, timer, reference)
+        vrrl.rl(policy, vrrl.TASKS[cfg.task](cfg), cfg, timer)
 
 if __name__ == "__main__":
     vrrl.run_main(main, sys.argv[1:])

@@ -9,7 +9,7 @@ runs plain RL and VRRL after SFT of each of STRENGTHS and writes when_TASK.json.
 settings of all runs; a method's own win over them. name=X stands in the names of files: a study of
 other settings needs one. The same command goes on where it was stopped; a second shares the work.
 """
-import contextlib, gc, json, sys, tempfile, time
+import contextlib, json, sys, tempfile, time
 from itertools import product
 from pathlib import Path
 
@@ -25,7 +25,7 @@ STRENGTHS = ((150, 40), (200, 40), (450, 40), (450, 60), (450, 120))
 SFT_STEPS = "sft.first_steps", "sft.steps"  # what the two numbers of a strength are
 OPTIONS = "seeds=", "methods=", "name="
 EARLY = 5  # RL steps in which the policy is still nearly the SFT model
-PROBES = "unmarked", "other_place", "other_picture", "blank", "hidden"
+PROBES = "other_picture", "blank", "hidden"
 T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
 LOGGED = "commit_wrong", "rollin_commit_wrong", "first", "final", "turns"
 
@@ -104,7 +104,6 @@ class Study:
                     print(f"== {self.folder(cell)}; then {len(left)} to go", file=sys.stderr)
                     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables
                         vrrl.main(self.words_of(cell))
-                    gc.collect()  # policies refer to themselves
                     with contextlib.suppress(UserError):  # the file may hold more, until the end
                         self.write()
             except UserError as error:
