@@ -642,9 +642,13 @@ def rl(policy, task, cfg, run):
         )
     return optimizer.steps.item()
 
-# ################################ Part II: what the method stands on ################################
+# ############################### Part II: what the method stands on ###############################
 
 # ==================== 7. Policy ===================================================================
+# The VLM, with what it takes to read a conversation with pictures in it, to sample a turn, and to
+# score what was sampled. A conversation is read once: the model keeps keys and values of all that
+# it has read (the cache of a Context), and reads on from there.
+#
 # Version 5.24 of the library renamed the argument that takes the cache of keys and values.
 CACHE_NAMES = inspect.signature(Qwen3VLTextModel.forward).parameters
 CACHE = "cache" if "cache" in CACHE_NAMES else "past_key_values"
@@ -672,10 +676,12 @@ class Picture:
     columns) of patches. features: what a frozen vision tower made of it, kept for the next time.
     """
     def __init__(self, image, processor):
+        # The picture at the size that the model sees, a whole number of tokens along each side.
         patch, merge = processor.patch_size, processor.merge_size
         width, height = size_seen(image.size, processor)
         down, across = height // (patch * merge), width // (patch * merge)
         pixels = np.asarray(image.resize((width, height), processor.resample))
+        # Cut it into patches, and put those of a token together.
         pixels = pixels.reshape(down, merge, patch, across, merge, patch, 3)
         pixels = pixels.transpose(0, 3, 1, 4, 6, 2, 5)
         self.patches = pixels.reshape(-1, 3, patch * patch)
@@ -688,9 +694,10 @@ class Picture:
         return math.prod(self.grid)
 
 class Context:
-    """Conversations as far as the model has read them. Those that are equal so far are one row of
-    the batch: conversation n is row `rows[n]` of B. A policy that is sure says few different things,
-    so this saves most of the work.
+    """Conversations as far as the model has read them.
+
+    Those that are equal so far are one row of the batch: conversation n is row `rows[n]` of B. A
+    policy that is sure of itself says few different things, so this saves most of the work.
 
     Rows of different length share columns: where a row has no token, `valid` (B, L) is False, and
     attention skips the column. position (B,): the next M-RoPE position. last (B, D): the hidden
@@ -710,10 +717,12 @@ class Context:
     def group(self, keys):
         """Conversations of equal keys are one row from now on. keys: for each conversation (its row
         so far, what it says next). Returns the key of each row."""
+        # Number the rows in the order in which their first conversations come.
         number = {}
         for key in keys:
             number.setdefault(key, len(number))
         self.rows = [number[key] for key in keys]
+        # Each new row goes on from an old one. Mostly nothing has changed, and nothing is copied.
         old = [row for row, _ in number]
         if old != list(range(len(self.valid))):
             old = torch.tensor(old, device=self.valid.device)
@@ -734,8 +743,10 @@ class Context:
     def advance(self, new, positions, hidden):
         """Move on behind the last new token of each row; a row without one stays where it is.
         positions (3, B, W) and hidden (B, W, D) are those of the new tokens."""
+        # The place of each row's last new token.
         row = torch.arange(len(new), device=new.device)
         end = (new.sum(1) - 1).clamp(min=0)
+        # What follows it has the next position on all three axes.
         has_new = new.any(1)
         after = positions.amax(0)[row, end] + 1
         self.position = torch.where(has_new, after, self.position)
@@ -751,7 +762,8 @@ class Adapters:
     alone are trained, and B is 0 at first. While `on` is False it computes W x.
     """
     def __init__(self, model, rank):
-        torch.manual_seed(0)  # the same in all workers
+        # All workers have the same adapters at first, and the model itself stays as it is.
+        torch.manual_seed(0)
         self.on = True
         model.requires_grad_(False)
         for linear in model.model.language_model.layers.modules():
@@ -778,11 +790,15 @@ class Policy:
         self.device = next(model.parameters()).device
         self.image_id = model.config.image_token_id
         self.reference = None  # a frozen copy of the SFT model, for the KL term
+        # What is trained: all weights, or adapters alone; with or without the vision tower.
         self.adapters = Adapters(model, cfg.policy.lora) if cfg.policy.lora else None
         frozen = cfg.policy.freeze_vision or cfg.policy.lora > 0
         model.model.visual.requires_grad_(not frozen)
+        # Where the tower is frozen, a picture is encoded once. A large model's features are too
+        # large to be kept.
         self.keep_features = frozen and not is_large(model)
-        self.prompts = {}  # few texts, many calls
+        # The chat template makes the texts around a turn. There are few of them, and many calls.
+        self.prompts = {}
         self.end_id = self.prompt("", "").end_id
         # Only plain tokens and the end of a turn can be sampled. A sampled image placeholder would
         # shift the positions of all that follows; ids beyond the tokenizer's have no text.
@@ -827,15 +843,18 @@ class Policy:
             return self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True)
 
+        # One conversation with all that the user can say, MARK being the policy's turn.
         image, system = {"type": "image"}, self.cfg.policy.system
         asked = [message("system", text(system))] if system else []
         asked.append(message("user", text(question), image))
         mark = {"type": "text", "text": MARK}
         said = [message("assistant", mark), message("user", image, text(reply))]
+        # Written down, it has to begin as it does when the policy is about to speak.
         before, after = write(asked + said).split(MARK)
         if before != write(asked):
             raise UserError(f"model={self.cfg.model}: its chat template opens a turn otherwise "
                             "than it writes one down, as those of thinking models do")
+        # The first token behind the policy's words is the one that ends a turn.
         before, after = self.tokenizer([before, after], add_special_tokens=False)["input_ids"]
         return Prompt(before, after[0], after[1:])
 
@@ -862,6 +881,7 @@ class Policy:
 
     def look(self, pictures):
         """Let the vision tower make the `features` of these pictures."""
+        # Pixels in [0, 1], and then as the tower was trained to take them.
         patches = np.concatenate([p.patches for p in pictures])
         x = torch.from_numpy(patches).to(self.device).float() / 255
         scale = [self.processor.image_mean, self.processor.image_std]
@@ -869,6 +889,8 @@ class Policy:
         x = ((x - mean) / std).to(self.model.dtype)
         # A still image is a video of equal frames: (N, 3, frames, patch^2).
         x = torch.stack([x] * self.processor.temporal_patch_size, 2)
+        # One call for all pictures. The features come back picture by picture, DeepStack's level by
+        # level.
         grids = torch.tensor([p.patch_grid for p in pictures], device=self.device)
         out = self.model.model.get_image_features(x.flatten(1), grids, return_dict=True)
         levels = []  # of DeepStack, each split by picture
@@ -884,9 +906,11 @@ class Policy:
         Returns hidden states (B, 1 + W, D), W being the longest text; short ones are padded.
         Column j predicts token j, and what stands behind the last token predicts what comes next.
         """
+        # Conversations of one row that read different texts part. One text a row is read.
         keys = [(row, tuple(ids)) for row, (ids, _) in zip(context.rows, texts)]
         shown = {key: pictures for key, (_, pictures) in zip(keys, texts)}
         keys = context.group(keys)
+        # Short texts are padded with -1, which is no token.
         ids = [torch.tensor(ids, device=self.device) for _, ids in keys]
         ids = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=-1)
         pictures = [picture for key in keys for picture in shown[key]]
@@ -912,7 +936,7 @@ class Policy:
         return hidden
 
     def embed(self, ids, new, pictures):
-        """(embeddings (B, W, D), more arguments of the language model), pictures in their places."""
+        """Embeddings (B, W, D), with pictures in their places; and DeepStack's arguments."""
         embeds = self.model.get_input_embeddings()(ids)
         if not pictures:
             return embeds, {}
@@ -946,6 +970,7 @@ class Policy:
         openings = {e.start: e.opening for e in episodes}
         context = Context(len(openings), self.device)
         self.read(context, list(openings.values()))
+        # All episodes of a start go on from its row.
         starts = list(openings)
         context.take([starts.index(e.start) for e in episodes])
         return context
@@ -964,6 +989,7 @@ class Policy:
         luck: (conversations, policy.max_new) numbers in [0, 1) that decide the tokens, so that none
         depends on its neighbours; None: greedy. UserError if the first log-probs are not finite.
         """
+        # Token by token, until the last conversation has ended. -1 stands where others have before.
         tokens, logps = [], []
         done = torch.zeros(len(context.rows), dtype=torch.bool, device=self.device)
         for place in range(self.cfg.policy.max_new):
@@ -981,6 +1007,7 @@ class Policy:
                 break
         if not torch.isfinite(logps[0]).all():
             raise UserError("the policy's log-probs are not finite: lower the learning rate")
+        # The turns, without what stands behind their ends.
         tokens, logps = torch.stack(tokens, 1), torch.stack(logps, 1)
         lengths = (tokens >= 0).sum(1).tolist()
         rows = zip(lengths, tokens.tolist(), logps.tolist())
@@ -991,7 +1018,9 @@ class Policy:
         (tokens,) tensors, one an episode. Equal episodes get the same tensors."""
         context = self.open(episodes)
         hidden = self.read(context, [e.rest for e in episodes])
-        distinct = dict(zip(context.rows, episodes))  # row: an episode, in the order of rows
+        # Equal episodes are one row, and the gradient of a row is the sum of theirs.
+        distinct = dict(zip(context.rows, episodes))
+        # The places that the loss looks at, and the tokens that were said there.
         places = [(row, column) for row, e in distinct.items() for column, _ in e.actions]
         taken = [distinct[row].rest[0][column] for row, column in places]
         taken = torch.tensor(taken, device=self.device)
@@ -1031,6 +1060,7 @@ class Policy:
 
     def save(self, folder):
         """Write a Hugging Face folder, whole or not at all; adapters are merged into it."""
+        # With adapters the folder holds W + B A, so that it is a plain model.
         state = self.model.state_dict()
         for a in [name for name in state if name.endswith(".a")]:
             linear = a.removesuffix(".a")
@@ -1053,6 +1083,7 @@ def uniforms(policy, names, samples, turns):
     size = (len(names), samples, turns, policy.cfg.policy.max_new)
     numbers = torch.empty(size, dtype=torch.float64)
     for of_name, name in zip(numbers, names):
+        # A generator of its own for each name, so that no name disturbs another.
         seed = int(hashlib.sha256(name.encode()).hexdigest()[:15], 16)
         of_name.uniform_(generator=torch.Generator().manual_seed(seed))
     return numbers.flatten(0, 1).to(policy.device)
@@ -1108,13 +1139,15 @@ def check_parts(name, model, tokenizer, processor, missing):
             (missing, f"its files lack {len(missing)} tensors, such as {missing[:1]}"),
             (sizes != other, f"patch, merge and frames are {sizes} in the model, {other} in its "
                              "image processor"),
-            (len(tokenizer) > rows, f"its tokenizer has {len(tokenizer)} words, its embedding {rows}"),
+            (len(tokenizer) > rows,
+             f"its tokenizer has {len(tokenizer)} words, its embedding {rows}"),
             (broken, f"its weight {broken[:1]} is not finite")):
         if fault:
             raise UserError(f"model={name}: {text}")
 
 def device_of(cfg):
     """The device of this worker. UserError if it is not there."""
+    # Worker n of this machine takes GPU n.
     number = int(os.environ.get("LOCAL_RANK", 0))
     there = torch.cuda.device_count()
     if cfg.device == "cpu" or cfg.device == "auto" and not there:
@@ -1130,6 +1163,7 @@ def load_policy(name, cfg):
     dtype = cfg.policy.dtype
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" else "float32"
+    # The library would load other families as well, and this program would read them wrongly.
     with cannot_load(source):
         kind = transformers.AutoConfig.from_pretrained(source).model_type
         if kind not in ("qwen3_vl", "qwen2_5_vl"):
@@ -1138,11 +1172,17 @@ def load_policy(name, cfg):
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
     tokenizer, processor = load_parts(source)
     check_parts(name, model, tokenizer, processor, sorted(about["missing_keys"]))
-    if is_large(model):
+    if not is_large(model):
+        # It has too little work for two threads: while they wait for each other they spin, and
+        # beside other work on the machine a step would take minutes.
+        torch.set_num_threads(1)
+    else:
         for layer in (*model.model.language_model.layers, *model.model.visual.blocks):
             change_class(layer, Checkpointed)
+    # The patch embedding is faster as what it is, and attention without cuDNN, which would plan
+    # anew at each new length.
     change_class(model.model.visual.patch_embed.proj, LinearPatches)
-    torch.backends.cuda.enable_cudnn_sdp(False)  # it would plan anew at each new length
+    torch.backends.cuda.enable_cudnn_sdp(False)
     return Policy(model.to(device).eval(), tokenizer, processor, cfg)
 
 def is_large(model):
@@ -1175,6 +1215,7 @@ class Checkpointed:
             return recompute(functools.partial(layer, **rest), hidden)
         if not torch.is_grad_enabled():
             return layer(hidden, **rest, **{CACHE: cache})
+        # What the cache holds of this layer goes in as tensors, and what is new comes out as such.
         number = self.self_attn.layer_idx
         past = cache.get_seq_length(number)
 
@@ -1189,11 +1230,14 @@ class Checkpointed:
         old = []
         if past:
             old = [cache.layers[number].keys, cache.layers[number].values]
+        # Now the real cache gets what is new.
         hidden, keys, values = recompute(run, hidden, *old)
         cache.update(keys, values, number)
         return hidden
 
 # ==================== 8. Tasks ====================================================================
+# A task knows its pictures, what is asked about them, and which answers are correct. All that the
+# method needs of it is in the list below.
 class Task:
     """What the model learns. A new task is a subclass, an entry in TASKS and a row in config.yaml.
 
@@ -1262,7 +1306,8 @@ class Task:
         return found
 
     def mistakes(self, example, solution, wanted, rng):
-        """`wanted` different wrong answers. A box may leave little room, and then they are fewer."""
+        """`wanted` different wrong answers; fewer where the box leaves no room for them."""
+        # Newer ones stand before older ones, and the solution stands last.
         answers = [solution]
         for _ in range(100 * wanted):
             new = self.mistake(example, rng)
@@ -1280,6 +1325,7 @@ class Task:
                 think = f"<THINK>{self.thought(example, last)}</THINK>"
             turns.append([think, f"<ANSWER>{self.say(answer, last)}</ANSWER>"])
             last = answer
+        # The last answer is correct, so all of it is taught.
         turns[-1] = ["".join(turns[-1]), ""]
         final = "" if self.empty_final else self.say(last)
         return [*turns, [f"<FINAL>{final}</FINAL>", ""]]
@@ -1311,14 +1357,17 @@ class Points(Task):
             found = re.fullmatch(r"\(?\s*(\d{1,5})(?:\s*,\s*|\s+)(\d{1,5})\s*\)?", text, re.ASCII)
             answer = found and (int(found[1]), int(found[2]))
         most = self.cfg.points.scale or 10_000
+        # Outside of the picture there is nothing to point at.
         inside = answer and min(answer) >= 0 and max(answer) <= most
         return answer if inside else None
 
     def parse_move(self, text, last):
         """'left 3 up 1' from (6, 15) is (3, 14). None where anything else is said."""
+        # Moves alone, with nothing between them.
         moves = re.findall(r"(left|right|up|down) (\d{1,5})", text, re.ASCII)
         if not moves or " ".join(f"{side} {units}" for side, units in moves) != text:
             return None
+        # From the last point, move by move.
         x, y = last
         for side, units in moves:
             down, right = data_prep.MOVES[side]
@@ -1365,6 +1414,7 @@ class Points(Task):
         """Inside the box, or at most `within` pixels from its centre where the example has it."""
         if example["within"]:
             return self.distance(example, answer) <= example["within"]
+        # Half open: a point on the right or the lower edge is outside.
         x, y = self.pixel(example, answer)
         x0, y0, x1, y1 = example["box"]
         return x0 <= x < x1 and y0 <= y < y1
@@ -1388,6 +1438,7 @@ class Points(Task):
 
     def solution(self, example, rng=None):
         """The point of the scale nearest to the target's centre. UserError if it is not correct."""
+        # The nearest point on each axis; halves go down.
         sides = zip(self.centre(example), example["size"], self.ends(example))
         answer = tuple(math.ceil(middle * end / side - 0.5) for middle, side, end in sides)
         if self.exact(example, answer):
@@ -1398,6 +1449,7 @@ class Points(Task):
 
     def mistake(self, example, rng):
         """Half of these lie within a crop of the target, the others anywhere."""
+        # Near ones are seen in the crop. Far ones teach what to do when nothing is to be seen.
         reach = self.cfg.points.crop / 2
         near = rng.random() < 0.5
         answer = []
@@ -1450,6 +1502,7 @@ class Navigation(Task):
 
     def parse(self, text, last=None):
         """'up, left' -> ("up", "left")."""
+        # Commas are taken for spaces, and nothing but moves may be said.
         moves = tuple(text.lower().replace(",", " ").split())
         known = all(move in data_prep.MOVES for move in moves)
         return moves if moves and known else None
@@ -1457,6 +1510,7 @@ class Navigation(Task):
     def walk(self, example, answer):
         """(distances to the goal at the start and after each move, what ended the walk): "edge" or
         "hole" end it before the move that leads there, else ""."""
+        # The walk begins on the elf, and each move has to stay on ice.
         layout = example["layout"]
         distance = data_prep.shortest_distances(layout)
         row, column = data_prep.find_cell(layout, "S")
@@ -1489,6 +1543,7 @@ class Navigation(Task):
     def progress(self, example, answer):
         """p: how many leading moves each come one nearer to the goal, over the shortest length. A
         way that runs on past the goal is wrong: it gets 0, where this count would give 1."""
+        # Count moves until the first that does not come nearer.
         remaining, _ = self.walk(example, answer)
         length = remaining[0]
         good = 0
@@ -1517,6 +1572,8 @@ class Navigation(Task):
 TASKS = {"grounding": Grounding, "points": OwnPoints, "navigation": Navigation}
 
 # ==================== 9. Optimizer and SFT ========================================================
+# AdamW is written out for one reason: updates in bf16. SFT comes before RL, and shows the model the
+# form of an episode.
 class AdamW:
     """AdamW (betas 0.9, 0.95; decay 0), for bf16 weights with Kahan's sum.
 
@@ -1525,6 +1582,7 @@ class AdamW:
     clipped to 1. A step whose norm is not finite changes nothing."""
     def __init__(self, policy):
         self.weights = [p for p in policy.model.parameters() if p.requires_grad]
+        # What is kept of each weight, beside the weight itself.
         names = ["mean", "square"]
         if self.weights[0].dtype == torch.bfloat16:
             names.append("lost")
@@ -1547,6 +1605,7 @@ class AdamW:
                 weight.grad = torch.zeros_like(weight)
             if WORKERS > 1:  # a sum, since every loss is divided by the count of the whole batch
                 dist.all_reduce(weight.grad)
+        # The norm of the whole gradient, before it is cut to 1.
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0).item()
         if math.isfinite(norm):
             self.steps += 1
@@ -1558,8 +1617,10 @@ class AdamW:
 
     def update(self, weight, lr, mean, square, lost=None):
         grad = weight.grad.float()
+        # The two moving means, in fp32 whatever the weights are.
         mean.copy_(mean.float().lerp(grad, 1 - 0.9))
         square.copy_(square.float().lerp(grad * grad, 1 - 0.95))
+        # At first they are too small, since they began at 0.
         mean_bias = 1 - 0.9 ** self.steps.item()
         square_bias = 1 - 0.95 ** self.steps.item()
         scale = (square.float() / square_bias).sqrt() + 1e-8
@@ -1567,6 +1628,7 @@ class AdamW:
         if lost is None:
             weight.add_(change)
             return
+        # Kahan's sum: add what was lost before, and keep what is lost now.
         old = weight.float()
         change += lost.float()
         weight.copy_(old + change)
@@ -1574,6 +1636,7 @@ class AdamW:
 
 def batch_of(items, count, step, seed):
     """Step 1, 2, ... takes the next `count` of endless passes over items, each shuffled by seed."""
+    # Which pass this step begins in, and where in it.
     number, skip = divmod((step - 1) * count, len(items))
     taken = []
     while len(taken) < skip + count:
@@ -1600,6 +1663,7 @@ def demonstration(policy, task, example, turns, start):
     """A demonstration as an Episode. turns: [(taught, context), ...], see Task.demonstrations."""
     episode = begin(policy, task, example, start)
     for number, (taught, context) in enumerate(turns, 1):
+        # Its ids are what the policy would have sampled to say this.
         ids = policy.encode(taught + context) + [policy.end_id]
         turn = read_turn(policy, task, episode, ids)
         if context:  # a wrong answer; the end of its turn is not taught either
@@ -1614,10 +1678,12 @@ def sft(policy, task, cfg, run):
     """Supervised fine-tuning in two stages: `first` teaches first answers on all training pictures,
     `sft` whole demonstrations, make.traces 128 of them."""
     rng = random.Random("first answers")
+    # First answers of all training pictures.
     singles = []
     for example in task.examples("train"):
         text = f"<ANSWER>{task.say(task.solution(example, rng))}</ANSWER>"
         singles.append((example, [(text, "")]))
+    # Whole episodes, with corrections in some of them.
     traces = task.demonstrations()
     check_words(policy, task, singles + traces)
     sft_stage("first", cfg.sft.first_steps, singles, policy, task, cfg, run)
@@ -1637,11 +1703,13 @@ def sft_stage(stage, steps, data, policy, task, cfg, run):
     optimizer = AdamW(policy)
     made = {}  # a demonstration is made once
     for step in run.steps(stage, steps, optimizer):
+        # The demonstrations of this step.
         batch = []
         for number in share(batch_of(range(len(data)), cfg.sft.batch, step, cfg.seed)):
             if number not in made:
                 made[number] = demonstration(policy, task, *data[number], number)
             batch.append(made[number])
+        # The mean over the taught tokens of all workers.
         tokens = sum(gather([len(episode.actions) for episode in batch]))
         total = 0.0
         for part in micro_batches(batch, cfg.policy.micro):
@@ -1660,6 +1728,7 @@ def sft_stage(stage, steps, data, policy, task, cfg, run):
 def outcome(task, episode):
     """What an episode came to, for JSON. correct: of each answer, given ones too; never empty.
     next: whether the answer after the first is correct."""
+    # An episode without any answer counts as wrong.
     turns, answers = episode.all_turns, episode.answers
     correct = [bool(task.exact(episode.example, answer)) for answer in answers] or [False]
     return {
@@ -1689,22 +1758,29 @@ def averages(outcomes, figures):
     return {figure: ratio([e[figure] for e in outcomes]) for figure in figures.split()}
 
 def health(outcomes):
-    """Early signs of a collapse, of the rollouts of a step. commit_wrong: of the wrong answers that
-    were shown, the share that was then committed; rollin_...: in roll-ins after a wrong state."""
+    """Early signs of a collapse, of the rollouts of a step.
+
+    commit_wrong: of the wrong answers that got feedback, the share that was then committed.
+    rollins: the share of roll-ins; rollin_...: of those after a wrong state.
+    """
     fresh = [e for e in outcomes if not e["given"]]
-    wrong = [e for e in outcomes if e["given"] and not e["correct"][e["given"] - 1]]
+    rolled = [e for e in outcomes if e["given"]]
+    wrong = [e for e in rolled if not e["correct"][e["given"] - 1]]
     shown_wrong = sum(e["correct"][: e["shown"]].count(False) for e in fresh)
-    committed = sum(e["commit"] and not e["final"] for e in fresh)
-    return {**averages(fresh, "first final commit turns"),
-            **averages(outcomes, "reward well_formed repeats"),
-            "rollins": ratio([e["given"] > 0 for e in outcomes]),
-            "rollin_repair": ratio([e["final"] for e in wrong]),
-            "rollin_commit_wrong": ratio([e["commit"] and e["turns"] == 1 for e in wrong]),
-            "commit_wrong": committed / shown_wrong if shown_wrong else None}
+    committed = [e for e in fresh if e["commit"] and not e["final"]]
+    at_once = [e["commit"] and e["turns"] == 1 for e in wrong]
+    figures = averages(fresh, "first final commit turns")
+    figures |= averages(outcomes, "reward well_formed repeats")
+    figures["rollins"] = len(rolled) / len(outcomes)
+    figures["rollin_repair"] = ratio([e["final"] for e in wrong])
+    figures["rollin_commit_wrong"] = ratio(at_once)
+    figures["commit_wrong"] = len(committed) / shown_wrong if shown_wrong else None
+    return figures
 
 def update_figures(episodes, logps, entropies, references):
     """Sums over the tokens of a micro-batch. off_policy: how far the log-probs of the update are
     from those of sampling. Above rounding it tells of a wrong cache, or of wrong positions."""
+    # Log-probs as the update sees them, and as they were sampled.
     now = torch.cat(logps).detach()
     then = now.new_tensor([logp for episode in episodes for logp in episode.sampled_logps])
     kl = kl_terms(now, torch.cat(references)) if references else now.new_zeros(1)
@@ -1722,14 +1798,19 @@ def update_averages(figures, rollouts):
             "kl": sums["kl"] / tokens, "off_policy": sums["off_policy"] / tokens}
 
 def play_greedy(policy, task, cases, max_turns, feedback=None, hidden=False):
-    """Outcomes of greedy play. cases: (example,) for a whole episode, (example, text) to go on from
-    a given wrong first turn. feedback: what is shown after that turn, see `reply`. hidden: the
-    question's picture is grey."""
+    """Outcomes of greedy play.
+
+    cases: (example,) for a whole episode, (example, text) to go on from a given wrong first turn.
+    feedback: what is shown after that turn, see `reply`. hidden: the question's picture is grey.
+    """
     starts = []
     for number, (example, *texts) in enumerate(share(cases)):
-        image = grey(task.image(example)) if hidden else None
+        image = task.image(example)
+        if hidden:
+            image = grey(image)
         spoken = [[*policy.encode(text), policy.end_id] for text in texts]
-        starts.append(begin(policy, task, example, number, spoken, feedback, image))
+        start = begin(policy, task, example, number, spoken, feedback, image)
+        starts.append(start)
     episodes = play(policy, task, starts, 1, max_turns)
     return gather([outcome(task, episode) for episode in episodes])
 
@@ -1738,13 +1819,15 @@ def grey(image):
     return Image.new("RGB", image.size, "#808080")
 
 def probes(task, failed):
-    """{name: arguments of `play_greedy`}. A probe changes the feedback to a given wrong turn, or the
-    question's picture. Later feedback is true. If a probe does no harm, what it takes away was not
-    needed.
+    """{name: arguments of `play_greedy`}.
+
+    A probe changes the feedback to a given wrong turn, or the question's picture. Later feedback is
+    true. If a probe does no harm, what it takes away was not needed.
 
     other_picture: the feedback of another question. blank: plain grey. hidden: the true feedback,
     but the question's picture is grey. failed: [(example, text of the wrong turn), ...]."""
     def other_picture(example, answer):
+        # The next one in a circle that asks about another picture.
         at = [e["id"] for e, _ in failed].index(example["id"])
         for other, text in failed[at:] + failed[:at]:
             if other["image"] != example["image"]:
@@ -1765,12 +1848,18 @@ def bits(values):
 def rates(outcomes, most):
     """Figures of a split, rates in [0, 1]; None where nothing was counted. most: the turn limit.
     after_turn: the accuracy had it stopped after 1, 2, ... answers."""
+    failed = [e for e in outcomes if not e["first"]]
+    passed = [e for e in outcomes if e["first"]]
+    after_turn = []
+    for turn in range(1, most + 1):
+        so_far = [e["correct"][:turn] for e in outcomes]
+        after_turn.append(ratio([verdicts[-1] for verdicts in so_far]))
     return {
         "n": len(outcomes),
         **averages(outcomes, "first final commit turns"),
-        "repair_own": ratio([e["final"] for e in outcomes if not e["first"]]),
-        "break": ratio([not e["final"] for e in outcomes if e["first"]]),
-        "after_turn": [ratio([e["correct"][: n + 1][-1] for e in outcomes]) for n in range(most)],
+        "repair_own": ratio([e["final"] for e in failed]),
+        "break": ratio([not e["final"] for e in passed]),
+        "after_turn": after_turn,
         "first_by_question": bits(e["first"] for e in outcomes),
         "final_by_question": bits(e["final"] for e in outcomes),
     }
@@ -1778,6 +1867,7 @@ def rates(outcomes, most):
 def repairs(policy, task, cfg, examples, wrong):
     """What becomes of given wrong first turns, {example id: text}. repair_: the last answer is
     correct; once_: the next answer is. fixed: with true feedback; the others are `probes`."""
+    # The questions that these turns fail, once with true feedback, and once for each probe.
     failed = [(e, wrong[e["id"]]) for e in examples if e["id"] in wrong]
     views = {"fixed": {}}
     if cfg.eval.probes:
@@ -1787,23 +1877,30 @@ def repairs(policy, task, cfg, examples, wrong):
         played = play_greedy(policy, task, failed, cfg.eval.max_turns, **changes)
         for figure, key in (("repair", "final"), ("once", "next")):
             verdicts = {e["id"]: e[key] for e in played}
-            name = f"{figure}_{view}"
-            row[name] = ratio(verdicts.values())
-            row[f"{name}_by_question"] = bits(verdicts.get(e["id"]) for e in examples)
+            of_all = [verdicts.get(e["id"]) for e in examples]
+            row[f"{figure}_{view}"] = ratio(verdicts.values())
+            row[f"{figure}_{view}_by_question"] = bits(of_all)
     return row
 
 def evaluate(policy, task, cfg, fixed=None, title="evaluation"):
-    """(rows, fixed, outcomes by split): `rates` of each split and `repairs` of `fixed`,
-    {split: {example id: text}}. None: the policy's own wrong first turns. All models that are
-    compared get those of the SFT model. So none gains by failing first."""
+    """(rows, fixed, outcomes by split): `rates` of each split, and `repairs` of `fixed`.
+
+    fixed: wrong first turns, {split: {example id: text}}; None: the policy's own. All models that
+    are compared get those of the SFT model. So none gains by failing first.
+    """
+    most = cfg.eval.max_turns
     rows, wrong, played = [], {}, {}
     for split in tqdm(task.splits, desc=title, unit="split", disable=RANK > 0):
+        # Whole episodes, and then what becomes of given wrong answers.
         examples = task.examples(f"{cfg.eval.splits}_{split}")
-        outcomes = play_greedy(policy, task, [(e,) for e in examples], cfg.eval.max_turns)
-        wrong[split] = {e["id"]: e["said"][0] for e in outcomes if e["said"] and not e["first"]}
-        row = rates(outcomes, cfg.eval.max_turns)
-        row |= repairs(policy, task, cfg, examples, (fixed or wrong)[split])
-        rows.append({"split": split, "ood": split != "id", **row})
+        outcomes = play_greedy(policy, task, [(e,) for e in examples], most)
+        said = [e for e in outcomes if e["said"] and not e["first"]]
+        wrong[split] = {e["id"]: e["said"][0] for e in said}
+        given = (fixed or wrong)[split]
+        row = {"split": split, "ood": split != "id"}
+        row |= rates(outcomes, most)
+        row |= repairs(policy, task, cfg, examples, given)
+        rows.append(row)
         played[split] = outcomes
     return rows, fixed or wrong, played
 
@@ -1814,6 +1911,7 @@ def read_config(words=()):
     """The settings as (cfg, flat): cfg.rl.steps and so on, and {"rl.steps": 400, ...}.
     words: `key=value`, or names of YAML files of settings; the later wins. Raises UserError."""
     config, given = read_yaml(HERE / "config.yaml"), read_words(words)
+    # Defaults, then the rows that task, profile and method name, then what the user gave.
     table = flatten(config["settings"])
     flat = {key: default for key, (default, _, _) in table.items()}
     for kind in ("task", "profile", "method"):
@@ -1821,6 +1919,7 @@ def read_config(words=()):
         table[kind][1] = "|".join(rows)  # config.yaml says "rows" there
         row = check_value(kind, given.get(kind, flat[kind]), table)
         flat |= flatten(rows[row])
+    # Every value is checked, and put into its section.
     cfg = types.SimpleNamespace()
     for key, value in (flat | given).items():
         flat[key] = check_value(key, value, table)
@@ -1867,6 +1966,7 @@ def check_value(key, value, table):
         near = [known for known in table if known.endswith("." + key)]
         near += [*difflib.get_close_matches(key, table, 1), "see --help"]
         raise UserError(f"unknown setting '{key}'; nearest: {near[0]}")
+    # A word of the command line is read as the type of the default.
     default, allowed, _ = table[key]
     text, kind, found = str(value), type(default), None
     if kind is bool:
@@ -1937,6 +2037,7 @@ class Run:
         gather()
 
     def check_settings(self, flat):
+        # Where nothing was trained yet, any settings may begin.
         made = [*self.folder.glob("*.checkpoint"), *self.folder.glob("results.json")]
         if not made:  # nothing was trained here yet
             return
@@ -1984,12 +2085,14 @@ class Run:
     def save(self, optimizer, buffer):
         """A checkpoint: trained weights, optimizer, buffer, number of the step. That is enough:
         randomness depends on seed and step alone, and frozen weights are in the model's folder."""
+        # Both queues in one list: each state says which queue it is of.
         states = [*buffer.wrong, *buffer.correct] if buffer else []
         with written_whole(self.checkpoint) as temporary:
             torch.save((self.step, optimizer.state(), states), temporary)
 
     def load(self, optimizer, buffer):
         """Restore the stage's last checkpoint and cut the log back to it. Its step, or 0."""
+        # Without a checkpoint the stage begins.
         done, tensors, states = 0, {}, []
         if self.checkpoint.is_file():
             try:
@@ -2003,6 +2106,7 @@ class Run:
             buffer.add(state)
         gather()
         if RANK == 0:
+            # Lines of steps that will be taken again are cut off.
             lines = [json.dumps(line) + "\n" for line in data_prep.read_lines(self.metrics)
                      if line["stage"] != self.stage or line["step"] <= done]
             write_file(self.metrics, "".join(lines))
@@ -2013,8 +2117,9 @@ class Run:
         device = platform.machine()
         if torch.cuda.is_initialized():
             device = torch.cuda.get_device_name()
-        about = {"seconds": round(time.time() - self.began, 1), "workers": WORKERS, "device": device,
-                 "torch": torch.__version__, "transformers": transformers.__version__}
+        about = {"seconds": round(time.time() - self.began, 1), "device": device,
+                 "workers": WORKERS, "torch": torch.__version__,
+                 "transformers": transformers.__version__}
         write_file(self.folder / "results.json", json.dumps({**content, "about": about}, indent=1))
         for stage in CHARTS:
             (self.folder / f"{stage}.checkpoint").unlink(missing_ok=True)
@@ -2027,8 +2132,9 @@ def fingerprint(cfg):
         files = [data, *(data.parent / e["image"] for e in data_prep.read_examples(data))]
     elif (data / "data.json").is_file():
         files = data.rglob("*")
-    return {"program": program_of(None), "model_files": data_prep.digest(*files_of(model.glob("*"))),
-            "data_files": data_prep.digest(*files_of(files)), "workers": WORKERS}
+    return {"program": program_of(None), "workers": WORKERS,
+            "model_files": data_prep.digest(*files_of(model.glob("*"))),
+            "data_files": data_prep.digest(*files_of(files))}
 
 def files_of(paths):
     return sorted(path for path in paths if path.is_file())
@@ -2051,6 +2157,7 @@ def sft_model(words, task, parent, files):
     """The folder of the SFT model. Methods with equal SFT settings share it. It is found again as
     long as what SFT computes stays the same. files: see `fingerprint`."""
     cfg, flat = read_config(words)
+    # All settings decide, but for those that act after SFT.
     others = "method", "profile", "mode", "run", "data", "rl", "reward", "buffer", "eval"
     decides = {key: value for key, value in flat.items() if key.split(".")[0] not in others}
     decides |= files
@@ -2085,11 +2192,13 @@ def train(cfg, words, task, run, files):
     name = cfg.method
     if cfg.rl.steps:
         if cfg.rl.kl and not cfg.policy.lora:
+            # The KL term's reference is a second copy; with adapters it is this one without.
             policy.reference = load_policy(sft_folder / "model", cfg)
         if not rl(policy, task, cfg, run):
             print("warning: RL changed no weight: in no step did the rollouts of a start differ in "
                   "their rewards", file=sys.stderr)
-        name += " + RL" * (name == "sft")
+        if name == "sft":
+            name = "sft + RL"
     own, _, played = evaluate(policy, task, cfg, fixed, f"evaluate {name}")
     if RANK == 0:
         policy.save(run.folder / "model")
@@ -2111,8 +2220,9 @@ def report(run, task, models, played, *folders):
     """What people look at: report.md, curves.png, episodes.png; results.json ends the run."""
     files = [folder / "metrics.jsonl" for folder in (*folders, run.folder)]
     data_prep.curves(run.folder / "curves.png", files, CHARTS)
+    # Up to six episodes, out of distribution first; repairs come before all others.
     pool = [e for split in reversed(task.splits) for e in played[split] if e["answers"]]
-    pool.sort(key=lambda e: e["first"] >= e["final"])  # repairs come first
+    pool.sort(key=lambda e: e["first"] >= e["final"])
     rows = []
     for e in pool[:6]:
         shown = [task.feedback(e["example"], answer) for answer in e["answers"]]
@@ -2133,11 +2243,14 @@ def main(words):
         return
     cfg, flat = read_config(words)
     source_of(cfg.model)  # what is wrong with it is said before any work
+    # Workers exchange lists on the CPU and gradients on their device. SFT of another run may be
+    # awaited, so that they wait long.
     if WORKERS > 1:
         backend = "gloo" if device_of(cfg).type == "cpu" else "cpu:gloo,cuda:nccl"
-        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))  # SFT may be awaited
+        dist.init_process_group(backend, timeout=datetime.timedelta(days=1))
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")
+    # The folder of the run, unless `run` names it.
     parts = [cfg.task, cfg.method, f"seed{cfg.seed}"]
     if cfg.mode == "eval":
         parts = ["eval", cfg.task, *Path(cfg.model).parts[-2:]]
