@@ -1,8 +1,17 @@
 """Pictures and files of examples for vrrl.py: all that can be made and read without a model.
 `rng` is always a random.Random. Colours are (R, G, B). Boxes are (x0, y0, x1, y1) in pixels, half
-open: x0 <= x < x1. The same draws from `rng` in the same order give the same pictures."""
-import ast, functools, hashlib, itertools, json, math, os, random, shutil, sys, textwrap
+open: x0 <= x < x1.
+
+    1. Navigation          maps, paths on them, right and wrong ways
+    2. Grounding           figures with a question about one thing in them
+    3. Data folders        files, digests, images and examples; making and reading data
+    4. Pictures for people film strips of episodes, line charts, tables
+
+What is made depends on a plan and on names alone: the same draws from `rng` in the same order give
+the same bytes. Who adds a draw changes all that is made after it."""
+import ast, functools, hashlib, json, math, os, random, shutil, sys, textwrap
 from collections import Counter, namedtuple
+from itertools import cycle, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +29,8 @@ class UserError(Exception):
     """Something that the user can mend; the message is one line that says where, what, and how."""
 
 def tries(what):
-    """10,000 turns for a loop that looks for something by chance; then UserError."""
+    """10,000 turns for a loop that looks for something by chance; then UserError. A loop that finds
+    it leaves by `break` or `return`."""
     yield from range(10_000)
     raise UserError(f"found no {what} in 10,000 tries: ask for fewer")
 
@@ -30,7 +40,7 @@ def random_colour(rng, low=0, high=255):
 
 def far_colours(rng, count, used=()):
     """`count` random colours. Each is, of eight, the farthest from `used` and from those before."""
-    used = list(used)
+    used = list(used)  # The caller's list stays as it is.
 
     def distance(colour):
         return min([math.dist(colour, other) for other in used], default=0)
@@ -57,11 +67,11 @@ Look = namedtuple("Look", "ground hole path alert coat hat box ribbon shape")
 # Training sees "snow" and the random MIXES; night, desert and ink, with new shapes too, ask whether
 # a skill survives a change of picture. "official" has the authors' colours.
 LOOKS = {
-    "snow": Look("#EEF5FA", "#48C", "#F81", "#C0B", "#284", "#C23", "#C24", "#FD4", "disc"),
-    "night": Look("#263052", "#85B", "#FD3", "#F45", "#5BD", "#EEF", "#4A5", "#FFF", "square"),
-    "desert": Look("#ECD096", "#832", "#72A", "#E02", "#45A", "#FFE", "#188", "#FFE", "cross"),
-    "ink": Look("#FAF8F0", "#222", "#16D", "#E22", "#555", "#222", "#BBB", "#111", "ring"),
-    "official": Look("#F0F7FC", "#4CF", "#E10", "#306", "#384", "#384", "#347", "#E82", "disc"),
+    "snow": "#EEF5FA #48C #F81 #C0B #284 #C23 #C24 #FD4 disc",
+    "night": "#263052 #85B #FD3 #F45 #5BD #EEF #4A5 #FFF square",
+    "desert": "#ECD096 #832 #72A #E02 #45A #FFE #188 #FFE cross",
+    "ink": "#FAF8F0 #222 #16D #E22 #555 #222 #BBB #111 ring",
+    "official": "#F0F7FC #4CF #E10 #306 #384 #384 #347 #E82 disc",
 }
 MIXES = tuple(f"mix{number:02d}" for number in range(40))
 
@@ -69,46 +79,47 @@ MIXES = tuple(f"mix{number:02d}" for number in range(40))
 def look_of(name):
     """The Look of this name; the name of a mix decides its random colours."""
     if name in LOOKS:
-        return LOOKS[name]
+        return Look(*LOOKS[name].split())
     rng = random.Random(name)
+    # Far colours, so that all things differ from the ground and from each other.
     colours = far_colours(rng, 8)
     return Look(*colours, rng.choice(("disc", "square")))
 
-def _paint_hole(draw, look):
-    if look.shape == "cross":
-        draw.line((80, 80, 320, 320), fill=look.hole, width=96)
-        draw.line((80, 320, 320, 80), fill=look.hole, width=96)
-        return
-    inside = look.ground if look.shape == "ring" else look.hole
-    paint = draw.rectangle if look.shape == "square" else draw.ellipse
-    paint((52, 52, 348, 348), fill=inside, outline=look.hole, width=72)
-
-def _paint_elf(draw, look):
-    draw.polygon((200, 200, 320, 368, 80, 368), fill=look.coat)
-    draw.ellipse((120, 136, 280, 288), fill=(240, 196, 158), outline=look.hat, width=12)
-    draw.polygon((200, 32, 304, 176, 96, 176), fill=look.hat)
-    for x in (160, 224):  # the eyes
-        draw.ellipse((x, 200, x + 24, 228), fill=(20, 20, 20))
-
-def _paint_gift(draw, look):
-    draw.rectangle((80, 184, 320, 360), fill=look.box)
-    draw.rectangle((56, 136, 344, 200), fill=look.box, outline=look.ribbon, width=10)
-    draw.rectangle((172, 136, 228, 360), fill=look.ribbon)
-    for x in (96, 200):  # the bow
-        draw.ellipse((x, 48, x + 104, 144), outline=look.ribbon, width=32)
+# What a cell shows, on 400 x 400 pixels; a hole by its shape. Each row says what is painted, the
+# colours of its inside and of its outline, the width of the outline, and the numbers x y x y ... of
+# its corners.
+ICONS = {
+    "disc": "ellipse hole hole 72 52 52 348 348",
+    "square": "rectangle hole hole 72 52 52 348 348",
+    "ring": "ellipse ground hole 72 52 52 348 348",
+    "cross": """polygon hole - 0 47 114 287 354 354 287 114 47
+                polygon hole - 0 46 287 286 47 353 114 113 354""",
+    "S": """polygon coat - 0 200 200 320 368 80 368
+            ellipse skin hat 12 120 136 280 288
+            polygon hat - 0 200 32 304 176 96 176
+            ellipse eyes - 0 160 200 184 228
+            ellipse eyes - 0 224 200 248 228""",
+    "G": """rectangle box - 0 80 184 320 360
+            rectangle box ribbon 10 56 136 344 200
+            rectangle ribbon - 0 172 136 228 360
+            ellipse - ribbon 32 96 48 200 144
+            ellipse - ribbon 32 200 48 304 144""",
+    "F": "",
+}
 
 @functools.lru_cache(maxsize=1024)
 def _tile(name, cell, kind):
     """Picture of one cell. It is painted at 400 x 400 pixels and shrunk, for smooth edges."""
     look = look_of(name)
+    colours = look._asdict() | {"skin": "#F0C49E", "eyes": "#141414", "-": None}
+    icon = look.shape if kind == "H" else kind
     tile = Image.new("RGB", (400, 400), look.ground)
     draw = ImageDraw.Draw(tile)
-    if kind == "H":
-        _paint_hole(draw, look)
-    elif kind == "S":
-        _paint_elf(draw, look)
-    elif kind == "G":
-        _paint_gift(draw, look)
+    for row in ICONS[icon].splitlines():
+        shape, inside, outline, width, *corners = row.split()
+        corners = [int(number) for number in corners]
+        paint = getattr(draw, shape)  # draw.ellipse, draw.polygon or draw.rectangle
+        paint(corners, colours[inside], colours[outline], width=int(width))
     tile = tile.resize((cell, cell), Image.Resampling.BOX)
     # The line of the grid is a little darker than a pale ground, and paler than a dark one.
     ground = tile.getpixel((0, 0))
@@ -137,60 +148,58 @@ def draw_path(image, shape, start, moves, look="snow", box=None):
     image = image.convert("RGB")
     draw = ImageDraw.Draw(image)
     look = look_of(look)
-    x0, y0, x1, y1 = box or (0, 0, *image.size)
-    rows, columns = shape
-    size = np.array([(x1 - x0) / columns, (y1 - y0) / rows])  # (2,): of a cell, along x and y
+    left, top, right, bottom = box or (0, 0, *image.size)
+    # Sizes, cells, steps and points are arrays (2,): y before x, as a cell is (row, column).
+    size = np.array([bottom - top, right - left]) / shape  # of a cell in pixels
     thick = max(2, round(min(size) / 6))
-    row, column = start
-    first = (x0, y0) + np.array([column + 0.5, row + 0.5]) * size  # (2,): the middle of a cell
-    here = first
+    cell = np.array(start)
+    here = first = (top, left) + (cell + 0.5) * size
     times = Counter()  # how often the path takes each stretch between two cells
-    step = None  # the last move inside the grid, if the path ends inside
+    step = None  # the last one inside the grid, if the path ends inside
     for move in moves[:100]:  # A rambling answer must not slow training down.
-        down, right = MOVES[move]
-        there = row + down, column + right
-        step = np.array([right, down])
-        across = abs(step[::-1])  # along the other axis
-        if not _is_inside(shape, there):
-            edge = here + step * (size - thick) / 2
-            half = across * (size - thick) / 2
+        step = np.array(MOVES[move])
+        across = abs(step[::-1])
+        there = cell + step
+        if there.min() < 0 or (there >= shape).any():
+            # The path ends at the edge of its cell, and a bar lies along that edge.
+            half = (size - thick) / 2
+            edge = here + step * half
             _draw_bar(draw, here, edge, thick, look.path)
-            _draw_bar(draw, edge - half, edge + half, thick, look.alert)
+            _draw_bar(draw, edge - across * half, edge + across * half, thick, look.alert)
             step = None
             break
+        end = here + step * size
+        corners = [here, end]
         # A stretch walked again is painted beside the first time, so that it does not vanish.
-        stretch = frozenset([(row, column), there])
+        stretch = tuple(cell + there)  # twice its middle: the same there and back
         aside = across * thick * (0, 1.5, -1.5)[times[stretch] % 3]
         times[stretch] += 1
-        end = here + step * size
-        for a, b in itertools.pairwise([here, here + aside, end + aside, end]):
+        if aside.any():
+            corners = [here, here + aside, end + aside, end]
+        for a, b in pairwise(corners):
             _draw_bar(draw, a, b, thick, look.path)
-        (row, column), here = there, end
+        cell, here = there, end
     _draw_ends(draw, first, here, step, min(size), look)
     return image
-
-def _is_inside(shape, cell):
-    """Whether a grid of (rows, columns) has this cell."""
-    return 0 <= cell[0] < shape[0] and 0 <= cell[1] < shape[1]
 
 def _draw_bar(draw, a, b, thick, colour):
     """A bar between two points of a row or a column; its square ends close the corners."""
     half = (thick - 1) / 2
-    low = np.minimum(a, b) - half
-    high = np.maximum(a, b) + half
-    corners = np.concatenate([low, high]).astype(int)
-    draw.rectangle(corners.tolist(), fill=colour)
+    y0, x0 = (np.minimum(a, b) - half).astype(int)
+    y1, x1 = (np.maximum(a, b) + half).astype(int)
+    draw.rectangle((x0, y0, x1, y1), fill=colour)
 
 def _draw_ends(draw, first, last, step, size, look):
-    """The hollow square at the first point and, after a step, the arrow head at the last one."""
+    """A hollow square at the first point and, after a step, an arrow head at the last point; size:
+    of a cell."""
     # Whole pixels keep the square and the arrow head symmetric at 16 pixels a cell.
-    x, y = first.astype(int).tolist()
     for share, colour in ((0.2, look.path), (0.07, look.ground)):
-        radius = round(share * size)
-        draw.rectangle((x - radius, y - radius, x + radius, y + radius), fill=colour)
+        side = 2 * round(share * size) + 1
+        _draw_bar(draw, first, first, side, colour)
     if step is not None:
-        x, y = last.astype(int).tolist()
-        dx, dy = (round(0.36 * size) * step).tolist()
+        y, x = last.astype(int)
+        dy, dx = round(0.36 * size) * step
+        # The tip, then the two corners on the axis across the step.
         draw.polygon((x + dx, y + dy, x + dy, y + dx, x - dy, y - dx), fill=look.path)
 
 def find_cell(layout, kind):
@@ -200,14 +209,11 @@ def find_cell(layout, kind):
             return row, kinds.index(kind)
 
 def _around(layout, cell):
-    """[(move, cell), ...] of the cells beside a cell."""
-    shape = len(layout), len(layout[0])
-    found = []
+    """The cells beside a cell, as (move, cell)."""
     for move, (down, right) in MOVES.items():
-        there = cell[0] + down, cell[1] + right
-        if _is_inside(shape, there):
-            found.append((move, there))
-    return found
+        row, column = cell[0] + down, cell[1] + right
+        if 0 <= row < len(layout) and 0 <= column < len(layout[0]):
+            yield move, (row, column)
 
 def shortest_distances(layout):
     """Least moves from each cell to the goal: int array (rows, columns), -1 where no way exists."""
@@ -215,19 +221,19 @@ def shortest_distances(layout):
     queue = [find_cell(layout, "G")]
     distance[queue[0]] = 0
     for cell in queue:  # The queue grows meanwhile.
-        for _, (row, column) in _around(layout, cell):
-            if layout[row][column] != "H" and distance[row, column] < 0:
-                distance[row, column] = distance[cell] + 1
-                queue.append((row, column))
+        for _, there in _around(layout, cell):
+            row, column = there
+            if layout[row][column] != "H" and distance[there] < 0:
+                distance[there] = distance[cell] + 1
+                queue.append(there)
     return distance
 
 def check_layout(layout):
     """Raise UserError unless this is a solvable layout of 2 to 16 rows and columns."""
     if not isinstance(layout, list) or {type(row) for row in layout} != {str}:
         raise UserError("layout is not a list of strings")
-    sizes = {len(layout)} | {len(row) for row in layout}
-    same = len({len(row) for row in layout}) == 1
-    if not same or min(sizes) < 2 or max(sizes) > 16:
+    widths = {len(row) for row in layout}
+    if len(widths) > 1 or min(widths) < 2 or not 2 <= len(layout) <= 16 or max(widths) > 16:
         raise UserError("layout needs 2 to 16 rows, all of the same length of 2 to 16 letters")
     if sorted("".join(layout).replace("F", "").replace("H", "")) != ["G", "S"]:
         raise UserError("layout needs one S and one G; its other letters must be F and H")
@@ -235,7 +241,8 @@ def check_layout(layout):
         raise UserError("layout has no way from S to G")
 
 def shortest_path(layout, rng):
-    """Moves of one shortest path; every step picks evenly among the moves that come closer."""
+    """Moves of one shortest path; every step picks evenly among the moves that come closer.
+    "S F / F G" has two of them, ["right", "down"] and ["down", "right"]."""
     distance = shortest_distances(layout)
     cell = find_cell(layout, "S")
     path = []
@@ -249,34 +256,37 @@ def shortest_path(layout, rng):
 def wrong_path(layout, path, exact, rng):
     """A wrong answer near `path`, a shortest one: a non-empty list for which exact(moves) fails."""
     # Half the answers go straight to the goal, through holes: a model's most frequent mistake.
-    row, column = find_cell(layout, "S")
-    goal_row, goal_column = find_cell(layout, "G")
+    down, right = np.subtract(find_cell(layout, "G"), find_cell(layout, "S")).tolist()
     # A list times a negative number is empty.
-    straight = ["down"] * (goal_row - row) + ["up"] * (row - goal_row)
-    straight += ["right"] * (goal_column - column) + ["left"] * (column - goal_column)
-    pairs = [("up", "down"), ("down", "up"), ("left", "right"), ("right", "left")]
+    straight = ["down"] * down + ["up"] * -down + ["right"] * right + ["left"] * -right
+    back = {"up": "down", "down": "up", "left": "right", "right": "left"}
     while True:
         place = rng.randrange(len(path))
-        there, back = rng.choice(pairs)
+        there = rng.choice(list(MOVES))
         mixed = rng.sample(straight, len(straight))
         stray = rng.choices(list(MOVES), k=rng.randint(1, len(path) + 2))
         # One move differs, or there is a detour.
-        middle = rng.choice([stray[:1], [there, path[place], back]])
+        middle = rng.choice([stray[:1], [there, path[place], back[there]]])
         changed = path[:place] + middle + path[place + 1:]
         shorter = path[:-rng.randint(1, 2)]
         longer = path + stray[:2]
-        options = [straight, straight, mixed, mixed, stray, shorter, longer, changed]
-        wrong = rng.choice(options)
+        wrong = rng.choice([straight, straight, mixed, mixed, stray, shorter, longer, changed])
         if wrong and not exact(wrong):
             return wrong
 
 def navigation_plan(train, test, cell):
     """{split: [(n, look, cell), ...]}. Test comes first: other counts leave it as it is."""
+    splits = {
+        "id": ((3, 4, 5), ["snow"]),  # sides of maps, looks
+        "size": ((6, 7), ["snow"]),
+        "look": ((3, 4, 5), ["night", "desert", "ink"]),
+    }
     plan = {}
     for part in ("test", "dev"):
-        plan[f"{part}_id"] = _in_turn((3, 4, 5), ["snow"], cell, test)
-        plan[f"{part}_size"] = _in_turn((6, 7), ["snow"], cell, test)
-        plan[f"{part}_look"] = _in_turn((3, 4, 5), ["night", "desert", "ink"], cell, test)
+        for name, (sizes, looks) in splits.items():
+            maps = [(size, look, cell) for look in looks for size in sizes]
+            plan[f"{part}_{name}"] = (maps * test)[:test]  # each in turn
+    # 30 % of the training maps are 4 x 4, most others 5 x 5. Every fourth has the look of test_id.
     rng = random.Random("order")
     sizes = [3] * min(300, train // 10)  # Few maps of 3 x 3 exist.
     sizes += [4] * round(0.3 * train)
@@ -288,22 +298,18 @@ def navigation_plan(train, test, cell):
         plan["train"].append((size, look, cell))
     return plan
 
-def _in_turn(sizes, looks, cell, count):
-    """`count` maps of a plan, of every size in every look in turn."""
-    kinds = [(size, look, cell) for look in looks for size in sizes]
-    return list(itertools.islice(itertools.cycle(kinds), count))
-
 def make_map(rng, n, look, cell):
     """(record, image) of a new n x n map of cells of so many pixels: 10 to 35 % are holes, and the
     goal is 2 or more moves away."""
     least = rng.randint(2, n) if n >= 4 else 2  # Otherwise near goals prevail.
     for _ in tries("map"):
         holes = round(rng.uniform(0.1, 0.35) * (n * n - 2))
-        kinds = "SG" + "H" * holes
+        kinds = "SG" + "H" * holes  # Each takes a cell of its own.
         cells = ["F"] * (n * n)
         for kind, place in zip(kinds, rng.sample(range(n * n), len(kinds))):
             cells[place] = kind
-        layout = ["".join(cells[first:first + n]) for first in range(0, n * n, n)]
+        layout = textwrap.wrap("".join(cells), n)  # rows of n letters
+        # Where no way exists, the distance is -1.
         if shortest_distances(layout)[find_cell(layout, "S")] >= least:
             return {"layout": layout, "look": look}, draw_grid(layout, look, cell)
 
@@ -345,6 +351,7 @@ Colours = namedtuple("Colours", "page head ink fill")  # of one figure
 def figure_plan(kind, train, test):
     """{split: [(shape, size, kind, look-alikes), ...]}; test comes first, as for navigation."""
     plan = {}
+    # Test and dev have every split; training sees "id" alone.
     for part in ("test", "dev"):
         for name, (shape, size) in FIGURES[kind].items():
             alike = kind == "embedded" and name != "id"
@@ -360,27 +367,32 @@ def make_figure(rng, shape, size, kind="embedded", alike=False):
     record: question, box of the target, shape, and `within`: a point is right within so many
     pixels of the middle of the box, or, where that is 0, inside the box.
     """
-    within = 0
-    if kind == "embedded":
-        question = "find the red"
-        box, image = _embedded_figure(rng, shape, size, alike)
+    text = kind == "text"
+    if text:  # Pale and dark colours: all words can be read.
+        page = random_colour(rng, 236, 255)
+        head = random_colour(rng, 200, 230)
+        ink = random_colour(rng, 0, 100)
+        fill = random_colour(rng, 90, 190)
+        colours = Colours(page, head, ink, fill)
+    else:  # One of 40 palettes, far from the colours that mean something.
+        palette = random.Random(f"mix{rng.randrange(40)}")
+        colours = Colours(*far_colours(palette, 4, [RED, BLUE, MARK]))
+    if shape == "scatter":
+        figure = _scatter(rng, size, colours, text, alike)
+    elif shape == "bars" and text:
+        figure = _text_bars(rng, size, colours)
+    elif shape == "bars":
+        figure = _embedded_bars(rng, size, colours, alike)
+    elif text:
+        figure = _text_table(rng, size, colours, shape == "cell")
     else:
-        question, box, image = _text_figure(rng, shape, size)
-        if shape != "bars":
-            within = 40
+        figure = _embedded_table(rng, size, colours, alike)
+    question, box, image = figure
+    within = 40 if text and shape != "bars" else 0
     return {"question": question, "box": list(box), "within": within, "shape": shape}, image
 
-# ---- Embedded figures: each painter gives (box of the target, image).
-
-def _embedded_figure(rng, shape, size, alike):
-    # There are 40 palettes, far from the colours that mean something.
-    palette = random.Random(f"mix{rng.randrange(40)}")
-    colours = Colours(*far_colours(palette, 4, [RED, BLUE, MARK]))
-    if shape == "table":
-        return _embedded_table(rng, size, colours, alike)
-    if shape == "bars":
-        return _embedded_bars(rng, size, colours, alike)
-    return _embedded_dots(rng, size, colours, alike)
+# Each painter below returns (question, box of the target, image). image.paste(colour, box) fills a
+# half-open box.
 
 def _mark_parts(rng, fills, alike):
     """Make some of these colours look-alikes, then up to three BLUE and one RED; its index."""
@@ -402,22 +414,26 @@ def _embedded_table(rng, size, colours, alike):
     ys = _embedded_edges(rng, rows)
     rule = rng.randint(0, 1)  # pixels between cells
     boxes, fills = [], []
-    for row in range(rows):
-        for column in range(columns):
-            boxes.append((xs[column] + rule, ys[row] + rule, xs[column + 1], ys[row + 1]))
-            is_head = row == 0 or column == 0
-            fills.append(colours.head if is_head else colours.page)
-    red = _mark_parts(rng, fills, alike)
+    for y0, y1 in pairwise(ys):
+        for x0, x1 in pairwise(xs):
+            boxes.append((x0 + rule, y0 + rule, x1, y1))
+            is_head = x0 == xs[0] or y0 == ys[0]
+            fill = colours.head if is_head else colours.page
+            fills.append(fill)
+    red = _mark_parts(rng, fills, alike)  # the number of the target's cell
     image = Image.new("RGB", (CANVAS, CANVAS), colours.page)
+    # All cells stand on one block of ink, which shows between them.
     image.paste(colours.ink, (xs[0], ys[0], xs[-1] + rule, ys[-1] + rule))
     full = rng.random()  # share of the cells that hold a dash
     for box, fill in zip(boxes, fills):
         image.paste(fill, box)
+        # A dash stands for words: it begins at the left and may end anywhere.
         if rng.random() < full:
             x0, y0, x1, y1 = box
             y = (y0 + y1) // 2
-            image.paste(colours.ink, (x0 + 1, y - 1, rng.randint(x0 + 3, x1 - 1), y + 1))
-    return boxes[red], image
+            end = rng.randint(x0 + 3, x1 - 1)
+            image.paste(colours.ink, (x0 + 1, y - 1, end, y + 1))
+    return "find the red", boxes[red], image
 
 def _embedded_edges(rng, count):
     """The count + 1 edges of `count` cells along one side of a picture."""
@@ -429,12 +445,140 @@ def _embedded_edges(rng, count):
     edges = first + ends * length / ends[-1]
     return edges.round().astype(int).tolist()
 
+def _text_table(rng, size, colours, inner):
+    """A table with headers; it asks for a lowest header or, if `inner`, for a cell of the body."""
+    height, width = rng.randint(*size), rng.randint(*size)  # of the body, in cells
+    top, left = rng.randint(1, 3), rng.randint(1, 2)  # levels of headers
+    # The numbers of the columns and rows of the body. The headers have those from 0.
+    columns = range(left, left + width)
+    rows = range(top, top + height)
+    column_words, row_words = rng.sample((CITIES, GOODS, YEARS), 2)
+    across = _sample_headers(rng, columns, top, column_words, top > 1)
+    down = _sample_headers(rng, rows, left, row_words, False)
+    cells = []
+    for x in columns:  # The numbers of a column have one form.
+        form = rng.choice("{:.0f} {:.1f} {:.2f} {:,.0f} ${:.0f}".split())
+        most = 10 ** rng.randint(2, 4)
+        cells += [(x, y, x + 1, y + 1, form.format(rng.uniform(0, most))) for y in rows]
+    # Headers of rows are headers of columns after x and y have changed places.
+    cells += [(x0, y0, x1, y1, name) for y0, x0, y1, x1, name in down]
+    cells += across
+    cells.append((0, 0, left, top, ""))
+    x, y = rng.choice(columns), rng.choice(rows)
+    column_name = " under ".join(_names_at(across, x)[:2])
+    row_name = _names_at(down, y)[0]
+    # A lowest name may be there in each group: the name of its group makes it clear.
+    if inner:
+        asked, target = f"cell in row {row_name} and column {column_name}", (x, y)
+    else:
+        column_header = f"column header {column_name}", (x, top - 1)
+        row_header = f"row header {row_name}", (left - 1, y)
+        asked, target = rng.choice((column_header, row_header))
+    boxes, image = _paint_table(rng, cells, columns, rows, colours)
+    return f"Point at the {asked}.", boxes[target], image
+
+def _sample_headers(rng, columns, levels, words, repeat):
+    """Cells over a range of columns, from the lowest level to level 0, as `_paint_table` has them.
+    With `repeat` the lowest headers are called the same in each group; no other name is there
+    twice."""
+    # Names are taken from the end: first the words alone, then "Oslo 2" and so on.
+    names = [f"{word} {n}" for n in (4, 3, 2) for word in words]
+    names += rng.sample(words, len(words))
+    span = rng.randint(2, 4)  # headers under one of the next level
+    group = []
+    if repeat:
+        group = rng.choice(("Q1 Q2 Q3 Q4", "low mean high sum")).split()
+    headers = []
+    step = 1  # columns under one header
+    for level in reversed(range(levels)):
+        for number, first in enumerate(columns[::step]):
+            name = group[number % span] if group else names.pop()
+            end = min(first + step, columns.stop)
+            headers.append((first, level, end, level + 1, name))
+        group = []
+        step *= span
+    return headers
+
+def _names_at(headers, column):
+    """The names over a column, in quotes; the lowest comes first."""
+    return [f"'{name}'" for first, _, end, _, name in headers if first <= column < end]
+
+def _paint_table(rng, cells, columns, rows, colours):
+    """({(column, row) of a cell's first corner: box}, image).
+    cells: [(first column, first row, column after the last, row after the last, text), ...], a
+    wide one after the narrower ones below it. columns, rows: ranges of those of the body."""
+    # Large tables have small letters and little space, so that the picture stays small.
+    most_size, most_spare = (18, 40) if columns.stop < 20 else (14, 14)
+    letters = font(rng.randint(12, most_size))
+    spare = rng.randint(8, most_spare)  # pixels beside a text
+    widths = _column_widths(cells, columns.stop, letters, spare)
+    most_spare = 24 if rows.stop < 20 else 12
+    line = letters.size + rng.randint(6, most_spare)  # pixels of a row
+    margin = rng.randint(4, 60)
+    xs, width = _text_edges(rng, widths, margin)
+    ys, height = _text_edges(rng, [line] * rows.stop, margin)
+    rule = rng.randint(0, 1)  # pixels between cells
+    image = Image.new("RGB", (width, height), colours.page)
+    draw = ImageDraw.Draw(image)
+    image.paste(colours.ink, (xs[0], ys[0], xs[-1] + rule, ys[-1] + rule))
+    boxes = {}
+    for x0, y0, x1, y1, text in cells:
+        box = xs[x0] + rule, ys[y0] + rule, xs[x1], ys[y1]
+        in_body = x0 in columns and y0 in rows
+        fill = colours.page if in_body else colours.head
+        image.paste(fill, box)
+        _write(draw, box, text, letters, colours.ink)
+        boxes[x0, y0] = box
+    return boxes, image
+
+def _column_widths(cells, count, letters, spare):
+    """Pixels of each column, so that every text has its place."""
+    widths = [0] * count
+    for first, _, end, _, text in cells:
+        needed = math.ceil(letters.getlength(text)) + spare
+        # A text that is too wide widens the last of its columns.
+        widths[end - 1] += max(0, needed - sum(widths[first:end]))
+    return widths
+
+def _text_edges(rng, lengths, margin):
+    """(edges of parts of these lengths, side of the picture). At least `margin` pixels are free at
+    both ends, more where the table is small."""
+    length = sum(lengths)
+    side = max(400, length + 2 * margin)
+    first = rng.randint(margin, side - margin - length)
+    return np.cumsum([first] + lengths).tolist(), side
+
+def _write(draw, box, text, letters, ink):
+    """Text in the middle of a box."""
+    x0, y0, x1, y1 = box
+    draw.text(((x0 + x1) / 2, (y0 + y1) / 2), text, ink, letters, anchor="mm")
+
+def _sample_bars(rng, count, most, slots):
+    """(heights of up to `most` pixels, pixels from one bar to the next, pixels of a bar)"""
+    for _ in tries(f"clear heights for {count} bars"):
+        heights = [rng.randint(most // 10, most) for _ in range(count)]
+        gaps = np.diff(sorted(heights))
+        if gaps[0] >= 5 and gaps[-1] >= 5:  # The tallest and the lowest bar are clear.
+            break
+    slot = rng.randint(*slots)
+    thick = rng.randint(max(5, slot * 2 // 5), slot * 9 // 10)
+    return heights, slot, thick
+
+def _bar_boxes(heights, left, base, slot, thick):
+    """Boxes of bars that stand on a line at y = base, each in the middle of its slot; the first
+    slot begins at `left`. slot, thick: pixels from one bar to the next, and of a bar."""
+    x = left + (slot - thick) // 2
+    boxes = []
+    for height in heights:
+        boxes.append((x, base - height, x + thick, base))
+        x += slot
+    return boxes
+
 def _embedded_bars(rng, size, colours, alike):
     """Bars on a line; sometimes the picture takes a quarter turn."""
     count = rng.randint(*size)
     most = rng.randint(76, 90)
-    heights = _bar_heights(rng, count, most)
-    slot, thick = _bar_widths(rng, 8, 92 // count)
+    heights, slot, thick = _sample_bars(rng, count, most, (8, 92 // count))
     left = rng.randint(2, CANVAS - 2 - slot * count)
     base = rng.randint(most + 2, 94)
     boxes = _bar_boxes(heights, left, base, slot, thick)
@@ -444,261 +588,92 @@ def _embedded_bars(rng, size, colours, alike):
     for box, fill in zip(boxes, fills):
         image.paste(fill, box)
     image.paste(colours.ink, (left - 1, base, left + slot * count, base + 1))
-    if rng.random() < 0.7:
-        return boxes[red], image
-    x0, y0, x1, y1 = boxes[red]
-    turned = image.transpose(Image.Transpose.ROTATE_270)  # a quarter turn to the right
-    return (CANVAS - y1, x0, CANVAS - y0, x1), turned
-
-def _embedded_dots(rng, size, colours, alike):
-    """Dots between two axes."""
-    count = len(_dot_names(rng, size))
-    edge = rng.randint(2, 6)
-    base = CANVAS - edge - 1
-    dots = _dot_places(rng, count, range(edge + 4, CANVAS - 3), range(3, base - 3), 6)
-    fills = [colours.fill] * count
-    red = _mark_parts(rng, fills, alike)
-    image = _paint_dots((CANVAS, CANVAS), edge, dots, 3, fills, colours)
-    return _dot_box(dots[red], 3), image
-
-# ---- Parts of both kinds.
-
-def _bar_heights(rng, count, most):
-    """Heights of up to `most` pixels, of which the tallest and the lowest are clear."""
-    for _ in tries(f"clear heights for {count} bars"):
-        heights = [rng.randint(most // 10, most) for _ in range(count)]
-        gaps = np.diff(sorted(heights))
-        if gaps[0] >= 5 and gaps[-1] >= 5:
-            return heights
-
-def _bar_widths(rng, low, high):
-    """(pixels from one bar to the next, pixels of a bar)"""
-    slot = rng.randint(low, high)
-    thick = rng.randint(max(5, slot * 2 // 5), slot * 9 // 10)
-    return slot, thick
-
-def _bar_boxes(heights, left, base, slot, thick):
-    """Boxes of bars that stand on a line at `base`, each in the middle of its slot."""
-    boxes = []
-    x = left + (slot - thick) // 2
-    for height in heights:
-        boxes.append((x, base - height, x + thick, base))
-        x += slot
-    return boxes
-
-def _dot_names(rng, size):
-    return rng.sample(CITIES + GOODS, rng.randint(*size))
-
-def _dot_places(rng, count, xs, ys, apart):
-    """`count` points (x, y) of these ranges, any two of them farther from each other than `apart`."""
-    dots = []
-    for _ in tries(f"place for {count} dots"):
-        place = rng.choice(xs), rng.choice(ys)
-        if all(math.dist(place, dot) > apart for dot in dots):
-            dots.append(place)
-        if len(dots) == count:
-            return dots
-
-def _dot_box(dot, radius):
-    x, y = dot
-    return x - radius, y - radius, x + radius + 1, y + radius + 1
-
-def _paint_dots(size, edge, dots, radius, fills, colours):
-    """A new image with dots of these colours, and axes `edge` pixels from its left and bottom."""
-    width, height = size
-    base = height - edge - 1
-    image = Image.new("RGB", size, colours.page)
-    image.paste(colours.ink, (edge, 0, edge + 1, base + 1))
-    image.paste(colours.ink, (edge, base, width, base + 1))
-    draw = ImageDraw.Draw(image)
-    for dot, fill in zip(dots, fills):
-        draw.circle(dot, radius, fill=fill)
-    return image
-
-# ---- Figures of words: each painter gives (question, box of the target, image).
-
-def _text_figure(rng, shape, size):
-    page = random_colour(rng, 236, 255)
-    head = random_colour(rng, 200, 230)
-    ink = random_colour(rng, 0, 100)
-    fill = random_colour(rng, 90, 190)
-    colours = Colours(page, head, ink, fill)
-    if shape == "bars":
-        return _text_bars(rng, size, colours)
-    if shape == "scatter":
-        return _text_dots(rng, size, colours)
-    return _text_table(rng, size, colours, shape == "cell")
-
-def _write(draw, box, text, letters, ink):
-    """Text in the middle of a box."""
-    x0, y0, x1, y1 = box
-    middle = (x0 + x1) / 2, (y0 + y1) / 2
-    draw.text(middle, text, ink, letters, anchor="mm")
-
-# A cell of a table, of headers too, in columns and rows from the top left; half open as a box is.
-Cell = namedtuple("Cell", "x0 y0 x1 y1 text")
-
-def _text_table(rng, size, colours, inner):
-    """A table with headers; it asks for a lowest header or, if `inner`, for a cell of the body."""
-    rows, columns = rng.randint(*size), rng.randint(*size)  # of the body
-    top, left = rng.randint(1, 3), rng.randint(1, 2)  # levels of headers
-    column_words, row_words = rng.sample((CITIES, GOODS, YEARS), 2)
-    across = _sample_headers(rng, columns, top, column_words, True)
-    down = _sample_headers(rng, rows, left, row_words, False)
-    cells = [Cell(0, 0, left, top, "")]
-    for level, first, end, name in across:
-        cells.append(Cell(left + first, level, left + end, level + 1, name))
-    for level, first, end, name in down:
-        cells.append(Cell(level, top + first, level + 1, top + end, name))
-    for x in range(left, left + columns):
-        cells += _sample_column(rng, x, range(top, top + rows))
-    column, row = rng.randrange(columns), rng.randrange(rows)
-    column_name = " under ".join(_names_at(across, column)[:2])
-    row_name = _names_at(down, row)[0]
-    x, y = left + column, top + row
-    if inner:
-        asked, target = f"cell in row {row_name} and column {column_name}", (x, y)
-    else:
-        asked, target = rng.choice([(f"column header {column_name}", (x, top - 1)),
-                                    (f"row header {row_name}", (left - 1, y))])
-    boxes, image = _paint_table(rng, cells, left, top, colours)
-    return f"Point at the {asked}.", boxes[target], image
-
-def _sample_headers(rng, count, levels, words, repeat):
-    """[(level, first line, line after the last, name), ...] over `count` lines, from the lowest
-    level to level 0. `repeat`: the lowest names may be the same in each group; no other name is
-    there twice."""
-    names = [f"{word} {n}" for n in (4, 3, 2) for word in words]
-    names += rng.sample(words, len(words))
-    span = rng.randint(2, 4)  # headers under one of the next level
-    groups = None
-    if repeat and levels > 1:
-        groups = rng.choice((("Q1", "Q2", "Q3", "Q4"), ("low", "mean", "high", "sum")))
-    headers = []
-    for level in reversed(range(levels)):
-        step = span ** (levels - 1 - level)  # lines under one header
-        for first in range(0, count, step):
-            if groups and step == 1:
-                name = groups[first % span]
-            else:
-                name = names.pop()
-            headers.append((level, first, min(first + step, count), name))
-    return headers
-
-def _names_at(headers, line):
-    """The names over a line, in quotes; the lowest comes first."""
-    return [f"'{name}'" for _, first, end, name in headers if first <= line < end]
-
-def _sample_column(rng, x, ys):
-    """Cells with numbers, of one form in a column."""
-    form = rng.choice(("{:.0f}", "{:.1f}", "{:.2f}", "{:,.0f}", "${:.0f}"))
-    most = 10 ** rng.randint(2, 4)
-    return [Cell(x, y, x + 1, y + 1, form.format(rng.uniform(0, most))) for y in ys]
-
-def _paint_table(rng, cells, left, top, colours):
-    """({(column, row): box of the cell that begins there}, image); the first `left` columns and
-    `top` rows are headers."""
-    columns, rows = cells[-1].x1, cells[-1].y1
-    most_size, most_spare = (18, 40) if columns < 20 else (14, 14)
-    letters = font(rng.randint(8 + 4, most_size))
-    spare = rng.randint(8, most_spare)  # pixels beside a text
-    widths = _column_widths(cells, columns, letters, spare)
-    most_spare = 24 if rows < 20 else 12
-    height = letters.size + rng.randint(6, most_spare)
-    margin = rng.randint(4, 60)
-    xs, width = _text_edges(rng, widths, margin)
-    ys, height = _text_edges(rng, [height] * rows, margin)
-    rule = rng.randint(0, 1)  # pixels between cells
-    image = Image.new("RGB", (width, height), colours.page)
-    draw = ImageDraw.Draw(image)
-    image.paste(colours.ink, (xs[0], ys[0], xs[-1] + rule, ys[-1] + rule))
-    boxes = {}
-    for cell in cells:
-        box = xs[cell.x0] + rule, ys[cell.y0] + rule, xs[cell.x1], ys[cell.y1]
-        is_head = cell.x0 < left or cell.y0 < top
-        image.paste(colours.head if is_head else colours.page, box)
-        _write(draw, box, cell.text, letters, colours.ink)
-        boxes[cell.x0, cell.y0] = box
-    return boxes, image
-
-def _column_widths(cells, columns, letters, spare):
-    """Pixels of each column, so that each text has its place."""
-    def span(cell):
-        return cell.x1 - cell.x0
-
-    widths = [0] * columns
-    for cell in sorted(cells, key=span):
-        needed = math.ceil(letters.getlength(cell.text)) + spare
-        lack = needed - sum(widths[cell.x0:cell.x1])
-        widths[cell.x1 - 1] += max(0, lack)  # A wide cell widens its last column.
-    return widths
-
-def _text_edges(rng, lengths, margin):
-    """(edges of parts of these lengths, side of the picture): at least `margin` pixels are free at
-    both ends, more where the table is small."""
-    length = sum(lengths)
-    side = max(400, length + 2 * margin)
-    first = rng.randint(margin, side - margin - length)
-    return np.cumsum([first] + lengths).tolist(), side
+    x0, y0, x1, y1 = box = boxes[red]
+    if rng.random() >= 0.7:
+        # (x, y) goes to (CANVAS - y, x).
+        image = image.transpose(Image.Transpose.ROTATE_270)  # to the right
+        box = CANVAS - y1, x0, CANVAS - y0, x1
+    return "find the red", box, image
 
 def _text_bars(rng, size, colours):
     """Bars with names; it asks for the tallest, for the lowest, or for the bar of a name."""
     count = rng.randint(*size)
-    most = rng.randint(300, 600)
-    heights = _bar_heights(rng, count, most)
-    slot, thick = _bar_widths(rng, 80, 120)
+    most = rng.randint(300, 600)  # pixels of a bar
+    heights, slot, thick = _sample_bars(rng, count, most, (80, 120))
     left, base = 80, most + 60
     right = left + slot * count
-    boxes = _bar_boxes(heights, left, base, slot, thick)
     named = rng.randrange(count)
     names = rng.sample(rng.choice((CITIES, GOODS, YEARS)), count)
     image = Image.new("RGB", (right + 20, base + 50), colours.page)
-    _write_bars(rng, image, names, left, base, slot, most, colours)
-    for box in boxes:
-        image.paste(colours.fill, box)
-    image.paste(colours.ink, (left - 1, base, right, base + 1))
-    asked, target = rng.choice([("tallest bar", heights.index(max(heights))),
-                                ("lowest bar", heights.index(min(heights))),
-                                (f"bar of '{names[named]}'", named)])
-    return f"Point at the {asked}.", boxes[target], image
-
-def _write_bars(rng, image, names, left, base, slot, most, colours):
-    """Write title, ticks and names around bars of at most `most` pixels."""
     draw = ImageDraw.Draw(image)
     letters = font(rng.randint(12, 18))
-    right = left + slot * len(names)
-    title = rng.choice(("Sales", "Stock", "Orders", "Visits", "Output"))
+    title = rng.choice("Sales Stock Orders Visits Output".split())
     _write(draw, (left, 0, right, 50), title, letters, colours.ink)
     unit = rng.choice((1, 2, 5, 10))  # of one pixel
-    step = rng.choice((50, 100))
+    step = rng.choice((50, 100))  # pixels from one tick to the next
     for up in range(0, most + 1, step):
         y = base - up
         image.paste(colours.head, (left - 6, y, right, y + 1))
         _write(draw, (0, y, left - 6, y), str(up * unit), letters, colours.ink)
-    for x, name in zip(range(left, right, slot), names):
+    boxes = _bar_boxes(heights, left, base, slot, thick)
+    for x, box, name in zip(range(left, right, slot), boxes, names):
+        image.paste(colours.fill, box)
         _write(draw, (x, base, x + slot, base + 50), name, letters, colours.ink)
+    image.paste(colours.ink, (left - 1, base, right, base + 1))
+    # It asks for one of three.
+    bars = [("tallest bar", np.argmax(heights)), ("lowest bar", np.argmin(heights)),
+            (f"bar of '{names[named]}'", named)]
+    asked, target = rng.choice(bars)
+    return f"Point at the {asked}.", boxes[target], image
 
-def _text_dots(rng, size, colours):
-    """Dots with names between two axes."""
-    names = _dot_names(rng, size)
-    radius = rng.randint(4, 8)
-    width, height = rng.randint(700, 1000), rng.randint(600, 900)
-    edge = rng.randint(20, 40)
-    letters = font(rng.randint(12, 18))
-    # No dot and no name may touch another one; a name stands beside its dot.
-    longest = max([letters.getlength(name) for name in names])
-    reach = max(45, 8 + math.ceil(longest))
-    xs = range(edge + radius + 1, width - radius - reach)
-    ys = range(edge + radius, height - edge - 1 - radius)
-    dots = _dot_places(rng, len(names), xs, ys, 2 * radius + reach)
-    target = rng.randrange(len(names))
+def _scatter(rng, size, colours, text, alike):
+    """Dots between two axes. With `text` they have names, and it asks for the dot of one."""
+    names = rng.sample(CITIES + GOODS, rng.randint(*size))
     fills = [colours.fill] * len(names)
-    image = _paint_dots((width, height), edge, dots, radius, fills, colours)
+    if text:
+        radius = rng.randint(4, 8)
+        width, height = rng.randint(700, 1000), rng.randint(600, 900)
+        edge = top = rng.randint(20, 40)  # pixels that are free
+        letters = font(rng.randint(12, 18))
+        longest = max([letters.getlength(name) for name in names])
+        # A name stands beside its dot. No other dot or name may touch it.
+        reach = max(45, 8 + math.ceil(longest))
+    else:
+        radius, width, height = 3, CANVAS, CANVAS
+        edge = rng.randint(2, 6)
+        reach = top = 0
+    base = height - edge - 1
+    # A dot touches neither an axis nor the edge of the picture, nor does its name.
+    xs = range(edge + radius + 1, width - radius - reach)
+    ys = range(top + radius, base - radius)
+    dots = _sample_dots(rng, len(names), xs, ys, 2 * radius + reach)
+    image = Image.new("RGB", (width, height), colours.page)
     draw = ImageDraw.Draw(image)
-    for (x, y), name in zip(dots, names):
-        draw.text((x + radius + 4, y), name, colours.ink, letters, anchor="lm")
-    question = f"Point at the dot labelled '{names[target]}'."
-    return question, _dot_box(dots[target], radius), image
+    image.paste(colours.ink, (edge, 0, edge + 1, base + 1))
+    image.paste(colours.ink, (edge, base, width, base + 1))
+    if text:
+        target = rng.randrange(len(names))
+        question = f"Point at the dot labelled '{names[target]}'."
+        for (x, y), name in zip(dots, names):
+            draw.text((x + radius + 4, y), name, colours.ink, letters, anchor="lm")
+    else:
+        target = _mark_parts(rng, fills, alike)
+        question = "find the red"
+    for dot, fill in zip(dots, fills):
+        draw.circle(dot, radius, fill=fill)
+    x, y = dots[target]
+    return question, (x - radius, y - radius, x + radius + 1, y + radius + 1), image
+
+def _sample_dots(rng, count, xs, ys, apart):
+    """`count` points (x, y) of these ranges, any two of them farther from each other than `apart`.
+    UserError where so many do not fit."""
+    dots = []
+    for _ in tries(f"place for {count} dots"):
+        point = rng.choice(xs), rng.choice(ys)
+        if all(math.dist(point, dot) > apart for dot in dots):
+            dots.append(point)
+        if len(dots) == count:
+            return dots
 
 def draw_crop(image, point, side, mark=True):
     """The side x side pixels around a point (x, y), at the picture's resolution, with a ring."""
@@ -709,9 +684,8 @@ def draw_crop(image, point, side, mark=True):
     draw = ImageDraw.Draw(crop)
     radius = max(3, round(side / 24))
     if mark and side < 100:
-        width = 1 if side < 64 else 2
-        draw.circle((half, half), radius, outline=MARK, width=width)
-    elif mark:
+        draw.circle((half, half), radius, outline=MARK, width=1 + side // 64)
+    elif mark:  # Red on white is seen on pages of any colour.
         draw.circle((half, half), radius + 2, outline="white", width=5)
         draw.circle((half, half), radius + 1, outline="red", width=3)
     return crop
@@ -724,6 +698,7 @@ def write_file(path, content):
     """Write text or bytes whole or not at all."""
     if isinstance(content, str):
         content = content.encode()
+    # A rename is atomic, once the bytes are on the disk.
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -736,12 +711,11 @@ def write_file(path, content):
         raise
 
 def lock(folder, wait=False):
-    """Keep other processes out of a folder until the file that this returns is closed."""
+    """Keep other processes out of a folder until the file that this returns is closed, or this
+    process ends. If another one has the folder: UserError, or `wait` for it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     file = open(Path(folder) / "lock", "w")
-    how = fcntl.LOCK_EX
-    if not wait:
-        how |= fcntl.LOCK_NB
+    how = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
     try:
         fcntl.flock(file, how)
     except BlockingIOError:
@@ -757,54 +731,58 @@ def digest(*paths):
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()[:16]
 
+def _short_name(text, digits):
+    """The first hex digits of the digest of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:digits]
+
 def digest_of(values):
     """A name of 8 hex digits for what JSON can hold."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
+    return _short_name(json.dumps(values, sort_keys=True), 8)
 
 def code_digest(file, names=None):
     """A name of 16 hex digits for what the code of a Python file says: comments, docstrings and
     layout do not count. With names: only these top-level definitions and those that they reach.
     KeyError if the file does not define one of the names."""
-    tree = _Wordless().visit(ast.parse(Path(file).read_text(encoding="utf-8")))
-    statements = tree.body
+    tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    statements = _Wordless().visit(tree).body
     if names is not None:
         statements = _reached(statements, names)
-    code = "\n".join([ast.unparse(statement) for statement in statements])
-    return hashlib.sha256(code.encode()).hexdigest()[:16]
+    return _short_name("\n".join([ast.unparse(statement) for statement in statements]), 16)
 
 class _Wordless(ast.NodeTransformer):
-    """Takes docstrings out of a tree."""
+    """Takes docstrings out of a tree. The tree of Python's parser has no comments and no layout."""
     def visit_Expr(self, node):
         return None if isinstance(node.value, ast.Constant) else node
 
-def _names_in(node):
-    """All names below a node; of a.b it is a."""
-    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+def _reached(statements, names):
+    """The statements that define these names or what such statements use, in their order."""
+    definitions = {}  # {name: the statements that define it}
+    for statement in statements:
+        for name in _defined(statement):
+            definitions.setdefault(name, []).append(statement)
+    todo = list(names)
+    reached = set()
+    for name in todo:  # The list grows meanwhile.
+        for statement in definitions[name]:  # A name may be defined in several places.
+            if statement not in reached:
+                reached.add(statement)
+                todo += _names_in(statement, ast.Load) & definitions.keys()
+    return [statement for statement in statements if statement in reached]
 
 def _defined(statement):
-    """The names that a top-level statement defines."""
-    if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+    """The names that a top-level function, class or assignment defines."""
+    if isinstance(statement, ast.FunctionDef | ast.ClassDef):
         return {statement.name}
-    targets = []
-    if isinstance(statement, ast.Assign):
-        targets = statement.targets
-    elif isinstance(statement, ast.AnnAssign | ast.AugAssign):
-        targets = [statement.target]
-    return set().union(*[_names_in(target) for target in targets])
+    if isinstance(statement, ast.Assign):  # a = b = 1 has two targets; a, b = 1, 2 has a tuple.
+        return _names_in(ast.Tuple(statement.targets))
+    if isinstance(statement, ast.AnnAssign | ast.AugAssign):
+        return _names_in(statement.target)
+    return set()
 
-def _reached(statements, names):
-    """The statements that define these names or what such a statement uses, in their order."""
-    defined = [_defined(statement) for statement in statements]
-    for name in names:
-        if not any(name in some for some in defined):
-            raise KeyError(name)
-    wanted, known = set(names), 0
-    while len(wanted) > known:  # Each round adds the names that the last one has reached.
-        known = len(wanted)
-        reached = [s for s, some in zip(statements, defined) if some & wanted]
-        for statement in reached:
-            wanted |= _names_in(statement)
-    return reached
+def _names_in(node, context=ast.expr_context):
+    """The names that stand in a part of a tree; context: ast.Load for those that are used."""
+    names = [part for part in ast.walk(node) if isinstance(part, ast.Name)]
+    return {name.id for name in names if isinstance(name.ctx, context)}
 
 def read_json(file):
     """What a JSON file holds. UserError if it is damaged."""
@@ -836,8 +814,8 @@ def load_image(path):
             _check_image(image, is_deep)
             image = ImageOps.exif_transpose(image)
             if is_deep:
-                pixels = np.asarray(image) // 257
-                image = Image.fromarray(pixels.astype(np.uint8))
+                image = Image.fromarray(np.uint8(np.asarray(image) // 257))
+            # What is transparent shows the page behind it.
             page = Image.new("RGBA", image.size, "white")
             return Image.alpha_composite(page, image.convert("RGBA")).convert("RGB")
     except Exception as error:  # Decoders raise many kinds for broken files.
@@ -869,6 +847,7 @@ cached_image = functools.lru_cache(maxsize=256)(load_image)  # do not paint on w
 
 def find_file(folder, name):
     """The path of a file inside a resolved folder, or None. UserError if the name leads out."""
+    # A file is judged by where it really lies, after links; a name without a file by itself.
     path = folder / name
     exists = os.path.isfile(path)
     real = path.resolve() if exists else Path(os.path.normpath(path))
@@ -877,7 +856,8 @@ def find_file(folder, name):
     return path if exists else None
 
 def check_map(record):
-    """UserError unless a record of navigation can be used."""
+    """UserError unless a record of navigation has a usable layout and look, and a box within its
+    image where it has one."""
     check_layout(record.get("layout"))
     if record.get("look") not in (*LOOKS, *MIXES):
         raise UserError('"look" is missing or no name of a look')
@@ -885,7 +865,8 @@ def check_map(record):
     check_figure({"question": "the way", "within": 0, "box": [0, 0, 2, 2]} | record)
 
 def check_figure(record):
-    """UserError unless a record has a question, and a box within the size of its image."""
+    """UserError unless a record has a question, and a box within the size of its image.
+    record: at least "question", "size", "within" and "box"."""
     question, within = record.get("question"), record.get("within")
     if not isinstance(question, str) or not question.strip():
         raise UserError('"question" is missing or not a text')
@@ -902,18 +883,17 @@ def check_figure(record):
 def _check_pixels(key, form, values, count, least):
     """UserError unless `values` is a list of `count` numbers from `least` to 9999."""
     good = isinstance(values, list) and len(values) == count
-    for value in values if good else ():
-        # True and False are no numbers here; NaN is in no range.
-        good = good and type(value) in (int, float) and least <= value <= 9999
-    if not good:
+    # True and False are no numbers here; NaN is in no range.
+    if not good or not all(type(n) in (int, float) and least <= n <= 9999 for n in values):
         raise UserError(f'"{key}" is missing or not {form} in pixels')
 
 def read_examples(path, check=None):
     """The examples of a JSONL file. One without "id" is called line-N; images are not opened.
     UserError, "file:line: reason", for the first unusable line. check(record) may add to it."""
     folder = Path(path).parent.resolve()
-    records = {}
+    records = {}  # by id, in the order of the lines
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
+        # Blank lines may hold a byte order mark, as an empty file has it.
         if not line.strip(b" \t\r\xef\xbb\xbf"):
             continue
         try:
@@ -946,9 +926,9 @@ def make_folder(folder, task, plan, make, **more):
     plan: {split: [arguments, ...]}, of what JSON can hold. make(rng, *arguments) gives (record,
     image); no layout or picture is in two places."""
     folder = Path(folder)
-    name = hashlib.sha256(json.dumps(plan).encode()).hexdigest()[:16]
     counts = {split: len(plan[split]) for split in plan}
-    about = {"task": task, "plan": name, "counts": counts} | more
+    # data.json tells people, and programs, what the folder holds.
+    about = {"task": task, "plan": _short_name(json.dumps(plan), 16), "counts": counts} | more
     if not folder.exists():
         with lock(folder.parent, wait=True):
             if not folder.exists():  # Another process may have made it meanwhile.
@@ -959,7 +939,7 @@ def _write_folder(folder, about, plan, make):
     building = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)  # A process that was killed may have left it.
     (building / "images").mkdir(parents=True)
-    taken = set()
+    taken = set()  # hashes, over all splits
     try:
         for split in plan:
             _write_split(building, split, plan[split], make, taken)
@@ -972,17 +952,23 @@ def _write_folder(folder, about, plan, make):
 def _write_split(folder, split, items, make, taken):
     """Write the pictures of a split, its JSONL file, and a preview of the first six."""
     rng = random.Random(split)
-    lines, first = [], []
+    lines = []
+    preview = {"label": split, "images": [], "captions": [], "verdicts": [""] * 6}
     for arguments in tqdm(items, split, disable=None):
         name = f"{split}-{len(lines):04d}"
         record, image = _make_new(rng, make, arguments, taken, name)
+        # Ids and files are numbered within the split.
         record |= {"id": name, "image": f"images/{name}.png", "size": image.size}
         image.save(folder / record["image"], compress_level=1)
         lines.append(json.dumps(record) + "\n")
         if len(lines) <= 6:
-            first.append((record, image))
+            if "question" in record:  # Its box is the target: a frame shows it.
+                x0, y0, x1, y1 = record["box"]
+                ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), outline="magenta")
+            preview["images"].append(image)
+            preview["captions"].append(record.get("question", name))
     write_file(folder / f"{split}.jsonl", "".join(lines))
-    _write_preview(folder / f"preview_{split}.png", split, first)
+    film_strip(folder / f"preview_{split}.png", [preview], side=500)
 
 def _make_new(rng, make, arguments, taken, name):
     """(record, image) of what is not in `taken`, hashes of all layouts and pictures so far."""
@@ -995,29 +981,19 @@ def _make_new(rng, make, arguments, taken, name):
             taken.add(known)
             return record, image
 
-def _write_preview(path, label, examples):
-    """A film strip of (record, image); where there is a question, a frame shows its target."""
-    row = {"label": label, "images": [], "captions": [], "verdicts": [""] * len(examples)}
-    for record, image in examples:
-        if "question" in record:
-            x0, y0, x1, y1 = record["box"]
-            ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), outline="magenta")
-        row["images"].append(image)
-        row["captions"].append(record.get("question", record["id"]))
-    film_strip(path, [row], side=500)
-
-def own_examples(file, check_text=None):
+def own_examples(file, check_text):
     """{"train", "dev_id", "test_id": examples} of one's own JSONL of "image", "question", "box".
     check_text(name, text) raises UserError where the model cannot read a question."""
     parts = {"train": [], "dev_id": [], "test_id": []}
 
-    def take(record):  # While a line is read, so that an error names it.
+    def take(record):
+        # This runs while a line is read, so that the error names the line. Keys that have a meaning
+        # elsewhere are not taken over.
         image = cached_image(Path(file).parent / record["image"])
         example = {key: record.get(key) for key in ("id", "image", "question", "box")}
         example |= {"size": list(image.size), "within": 0}
         check_figure(example)
-        if check_text:
-            check_text("its question", example["question"])
+        check_text("its question", example["question"])
         # Copies of a picture have the same bytes, and so they are in the same part.
         tenth = hashlib.sha256(image.tobytes()).digest()[0] % 10
         part = {0: "dev_id", 1: "test_id"}.get(tenth, "train")
@@ -1034,32 +1010,31 @@ def make_official(data, maps, evals, cell):
     maps: their JSON of training maps; evals: of test maps, or several with commas between. A PNG
     where the file names it is used; another map is drawn, and its record says "drawn": "here".
     """
-    plan = {"train": [], "test_id": [], "test_size": []}
-    if maps:
-        for layout, picture in _read_official(maps, "input_image"):
-            plan["train"].append((layout, picture, cell))
-    for file in filter(None, evals.split(",")):
-        for layout, picture in _read_official(file, "input_map"):
-            split = "test_id" if len(layout) <= 5 else "test_size"
-            plan[split].append((layout, picture, cell))
+    plan = {"train": _read_official(maps, "input_image", cell), "test_id": [], "test_size": []}
+    for file in evals.split(","):
+        for item in _read_official(file, "input_map", cell):
+            split = "test_id" if len(item[0]) <= 5 else "test_size"  # by the rows of its layout
+            plan[split].append(item)
     plan = {split: items for split, items in plan.items() if items}
-    entries = []
-    for split, items in plan.items():
-        random.Random(split).shuffle(items)  # An evaluation takes the first: mix the sizes.
-        entries += items
-    times = Counter("/".join(layout) for layout, _, _ in entries)
+    for split in plan:
+        random.Random(split).shuffle(plan[split])  # An evaluation takes the first: mix the sizes.
+    items = sum(plan.values(), [])
+    times = Counter("/".join(layout) for layout, _, _ in items)
     if {*times.values()} != {1}:
         raise UserError(f"{maps} {evals}: no map, or one is there twice: {times.most_common(1)}")
-    pictures = digest(*[picture for _, picture, _ in entries if picture])
-    name = hashlib.sha256((json.dumps(plan) + pictures).encode()).hexdigest()[:8]
+    # The folder's name says what is in it: maps, and the bytes of their pictures.
+    pictures = digest(*[picture for _, picture, _ in items if picture])
+    name = _short_name(json.dumps(plan) + pictures, 8)
     folder = Path(data) / f"official-{name}"
     splits = [split.removeprefix("test_") for split in plan if split != "train"]
     make_folder(folder, "navigation", plan, _official_map, splits=splits)
     return folder
 
-def _read_official(file, key):
-    """[(layout, path of its picture or ""), ...] of one of the authors' files; `key` is what the
-    file calls a picture."""
+def _read_official(file, key, cell):
+    """[(layout, path of its picture or "", cell), ...] of one of the authors' files; none of "".
+    key: what the file calls a picture."""
+    if not file:
+        return []
     folder = Path(file).resolve().parent
     found = []
     try:
@@ -1067,11 +1042,11 @@ def _read_official(file, key):
             about = entry["metadata"] if key == "input_map" else entry
             layout = ["".join(row) for row in about["layout"]]
             check_layout(layout)
-            cells = "".join(layout)
+            cells = "".join(layout)  # Positions count all cells, row by row.
             if (cells.index("S"), cells.index("G")) != (about["start_pos"], about["target_pos"]):
                 raise UserError("start_pos or target_pos is not where the layout has S or G")
             picture = find_file(folder, entry.get(key, ""))
-            found.append((layout, str(picture or "")))
+            found.append((layout, str(picture or ""), cell))
     except Exception as error:  # The file can be wrong in many ways.
         raise UserError(f"{file}: not the authors' map {len(found) + 1} ({error!r:.200})") from None
     return found
@@ -1097,28 +1072,28 @@ def film_strip(path, rows, title="", side=150, most=6):
     dicts with a "label" and, of one length, "images" [PIL], "captions" [str] and "verdicts"
     ["right", "wrong" or ""]."""
     width = GAP + most * (side + GAP)
-    sheet = Image.new("RGB", (width, 100 + len(rows) * (side + 500)), "white")
+    # Captions have different lengths: the sheet is high enough for all, and is cut in the end.
+    height = 100 + len(rows) * (side + 500)
+    sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
     draw.text((GAP, 12), title, TEXT, font(18))
     bottom = 44
     for row in rows:
         draw.text((GAP, bottom), row["label"], TEXT, font(14))
         x, y = GAP, bottom + 24
-        for image, caption, verdict in zip(row["images"][:most], row["captions"], row["verdicts"]):
-            image = ImageOps.contain(image.convert("RGB"), (side, side), Image.Resampling.BOX)
+        images = row["images"][:most]
+        for image, caption, verdict in zip(images, row["captions"], row["verdicts"]):
+            image = image.convert("RGB")
+            image = ImageOps.contain(image, (side, side), Image.Resampling.BOX)
             framed = ImageOps.expand(image, 3, FRAMES[verdict])
             sheet.paste(framed, (x - 3, y - 3))
-            end = _write_caption(draw, x, y + image.height + 4, caption, side)
-            bottom = max(bottom, end + GAP)
+            below = y + image.height + 4
+            for line in textwrap.wrap(caption[:400], side // 8):
+                draw.text((x, below), line, TEXT, font(13))
+                below += 16
+            bottom = max(bottom, below + GAP)
             x += side + GAP
     sheet.crop((0, 0, width, bottom)).save(path)
-
-def _write_caption(draw, x, y, caption, width):
-    """Write the lines of a text below each other; returns where they end."""
-    for line in textwrap.wrap(caption[:400], width // 8):
-        draw.text((x, y), line, TEXT, font(13))
-        y += 16
-    return y
 
 def line_charts(path, panels, columns=3):
     """Write line charts of panels [(title, {series name: (xs, ys)}), ...]; None leaves a gap."""
@@ -1133,27 +1108,33 @@ def line_charts(path, panels, columns=3):
     sheet.resize(half, Image.Resampling.LANCZOS).save(path)
 
 def _draw_chart(draw, x, y, title, series):
-    """One chart of 680 x 480 pixels whose upper left corner is (x, y)."""
-    x0, x1, y1 = x + 104, x + 648, y + 424
+    """One chart of 680 x 480 pixels whose upper left corner is (x, y): title, names of the series
+    in their colours, and below a frame (x0, y0, x1, y1) with the lines."""
+    x0, x1 = x + 104, x + 648
+    y1 = y + 424
     draw.text((x0, y + 14), title, TEXT, font(28))
     y0 = _draw_legend(draw, x0, y + 52, x + 660, series) + 44
     # Each is an array (points, 2) of x and y, in which None has become NaN.
     lines = [np.array(values, dtype=float).T for values in series.values()]
-    known = np.concatenate([np.zeros((0, 2)), *lines])
-    known = known[np.isfinite(known[:, 1])]
-    low = high = np.zeros(2)
-    if len(known):
-        low, high = known.min(0), known.max(0)
+    points = np.concatenate([np.zeros((0, 2)), *lines])
+    known = points[np.isfinite(points[:, 1])]
+    if not len(known):
+        known = np.zeros((1, 2))
+    low = known.min(0)  # (2,): lowest x and y
+    high = known.max(0)
     _draw_axes(draw, (x0, y0, x1, y1), low, high)
+    # A chart of one value has no extent; any number will do. y grows upwards, unlike in pictures.
     extent = np.where(high > low, high - low, 1)
     scale = (x1 - x0, y0 - y1) / extent
-    for line, colour in zip(lines, itertools.cycle(PALETTE)):
-        _draw_line(draw, (line - low) * scale + (x0, y1), colour)
+    for line, colour in zip(lines, cycle(PALETTE)):
+        points = (line - low) * scale + (x0, y1)
+        _draw_line(draw, points, colour)
 
 def _draw_legend(draw, left, y, right, names):
-    """Write the names of series from `left` to `right` and below; returns y of the last line."""
+    """Write the names of series from `left` to `right`, in as many lines as they need; returns y
+    of the last line."""
     x = left
-    for name, colour in zip(names, itertools.cycle(PALETTE)):
+    for name, colour in zip(names, cycle(PALETTE)):
         length = font(22).getlength(name)
         if x > left and x + length > right:
             x, y = left, y + 26
@@ -1162,7 +1143,8 @@ def _draw_legend(draw, left, y, right, names):
     return y
 
 def _draw_axes(draw, box, low, high):
-    """A frame with the lowest and the highest (x, y) at its ends."""
+    """A frame with the lowest and the highest x below it, and those of y on its left.
+    low, high: (x, y)."""
     x0, y0, x1, y1 = box
     draw.rectangle(box, outline=FRAMES[""], width=2)
 
@@ -1177,7 +1159,7 @@ def _draw_axes(draw, box, low, high):
 def _draw_line(draw, points, colour):
     """A line through points (x, y). A NaN as y leaves a gap; a point between gaps becomes a dot."""
     run = []
-    for x, y in [*points.tolist(), (0, math.nan)]:
+    for x, y in [*points.tolist(), (0, math.nan)]:  # A last gap ends the last run.
         if not math.isnan(y):
             run.append((x, y))
             continue
@@ -1211,21 +1193,26 @@ def table(models, columns):
     """Markdown: a line for each model and split, and for the mean out of distribution.
     models: {name: rows of vrrl.evaluate}. columns: names of figures, shown in percent."""
     names = " | ".join(columns).replace("_", " ")
-    lines = [f"| model | split | n | {names} | turns |", "| --- " * (len(columns) + 4) + "|"]
+    rule = "| --- " * (len(columns) + 4)
+    lines = [f"| model | split | n | {names} | turns |", f"{rule}|"]
     for model, rows in models.items():
+        # Each split counts the same in the mean, however many questions it has.
         far = [row for row in rows if row["ood"]]
         if far:
             rows = [*rows, _mean_row(far, columns)]
         for row in rows:
             cells = [model, row["split"], str(row["n"])]
             for name in columns:
-                cells.append("-" if row[name] is None else f"{100 * row[name]:.1f}")
+                value = row[name]
+                shown = "-" if value is None else f"{100 * value:.1f}"
+                cells.append(shown)
             cells.append(f"{row['turns']:.2f}")
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 def _mean_row(rows, columns):
-    """The mean of each figure over the rows that know it."""
+    """The mean of each figure over the rows that know it; None where none does, as for repairs
+    where nothing was wrong."""
     mean = {"split": "**mean ood**", "n": sum(row["n"] for row in rows)}
     for name in [*columns, "turns"]:
         known = [row[name] for row in rows if row[name] is not None]
@@ -1243,12 +1230,13 @@ def main(words):
     for word in words[1:]:
         key, _, value = word.partition("=")
         given[key] = value
-    cells = [str(cell) for cell in range(8, 257)]
     try:
-        known = words[:1] == ["official"] and len(given) == 4 and given["cell"] in cells
+        known = words[:1] == ["official"] and len(given) == 4  # no other key
+        known = known and given["cell"] in map(str, range(8, 257))
         if not known or not (given["maps"] or given["eval"]):
             raise UserError(main.__doc__.splitlines()[0])
-        folder = make_official(given["data"], given["maps"], given["eval"], int(given["cell"]))
+        cell = int(given["cell"])
+        folder = make_official(given["data"], given["maps"], given["eval"], cell)
     except (UserError, OSError, KeyboardInterrupt) as error:
         print(f"error: {str(error) or 'stopped'}", file=sys.stderr)
         sys.exit(2)

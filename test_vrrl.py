@@ -1059,12 +1059,43 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(what, tmp_path, fails
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))  # of a file: as a full disk
     try:
-        assert ("large" if what == "file" else "cannot be written") in fails({"checkpoint": lambda words: run.save(optimizer, None),
+        write = {
+            "checkpoint": lambda words: run.save(optimizer, None),
             "file": lambda words: data_prep.write_file(tmp_path / "x", "x" * 400_000),
-            "model": lambda words: policy_of().save(tmp_path / "model")}[what])
+            "model": lambda words: policy_of().save(tmp_path / "model")}
+        assert ("large" if what == "file" else "cannot be written") in fails(write[what])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert contents(tmp_path) == before
+
+def test_the_sft_model_is_found_again_after_an_edit_that_sft_does_not_use(tmp_path):
+    """A comment or docstring never counts; the loop, the reward and the loss do not count here."""
+    source, used = (vrrl.HERE / "vrrl.py").read_text(), ["sft", "load_policy", "Grounding"]
+    def name_of(old, new, names):
+        assert old in source
+        (tmp_path / "vrrl.py").write_text(source.replace(old, new))
+        return data_prep.code_digest(tmp_path / "vrrl.py", names)
+    edits = {
+        "comment": ("# 2. G rollouts", "# 2. Some rollouts"),
+        "docstring": ('"""Move on behind', '"""Go on behind'),
+        "reward": ("0.1 + 0.9 * r", "0.2 + 0.8 * r"),
+        "loop": ("abs(episode.advantage) > 1e-6", "abs(episode.advantage) > 1e-5"),
+        "model": ("column <= column[past:, None]", "column < column[past:, None]"),
+        "task": ("- 0.5) for middle", "- 0.4) for middle"),
+        "sft": ("0.45 * math.cos", "0.4 * math.cos")}
+    for names, kept in ((None, {"comment", "docstring"}),
+                        (used, {"comment", "docstring", "reward", "loop"})):
+        before = name_of("", "", names)
+        found = {key for key, edit in edits.items() if name_of(*edit, names) == before}
+        assert found == kept
+
+def test_a_chart_of_a_figure_that_the_log_lacks_is_an_error(tmp_path):
+    line, charts = {"stage": "rl", "step": 1, "loss": None, "kl": 0.0}, {"rl": {"a": "loss kl"}}
+    (tmp_path / "m").write_text(json.dumps(line))
+    data_prep.curves(tmp_path / "x.png", [tmp_path / "m"], charts)
+    for renamed in ({"rl": {"a": "loss kl_"}}, {"sft": {"a": "loss"}}):
+        with pytest.raises(KeyError):
+            data_prep.curves(tmp_path / "x.png", [tmp_path / "m"], renamed)
 
 # ==================== Bad input ===================================================================
 @pytest.mark.parametrize("word, said", [

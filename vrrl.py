@@ -691,6 +691,7 @@ class Picture:
 
     @property
     def tokens(self):
+        """How many visual tokens it takes."""
         return math.prod(self.grid)
 
 class Context:
@@ -775,6 +776,7 @@ class Adapters:
                 linear.register_forward_hook(self.add)
 
     def add(self, linear, inputs, output):
+        """A forward hook: the library's W x becomes W x + B A x."""
         if not self.on:
             return output
         return output + (inputs[0] @ linear.a.T) @ linear.b.T
@@ -1052,6 +1054,7 @@ class Policy:
 
     @contextlib.contextmanager
     def without_adapters(self):
+        """Inside of this the model is the one that it was before it got adapters."""
         self.adapters.on = False
         try:
             yield
@@ -1105,6 +1108,7 @@ def source_of(name):
 
 @contextlib.contextmanager
 def cannot_load(source):
+    """What goes wrong inside of this becomes one line that names the model."""
     try:
         yield
     except Exception as error:  # half a download, another architecture: many kinds
@@ -1270,15 +1274,18 @@ class Task:
         data_prep.make_folder(self.folder, cfg.task, plan, make)
 
     def examples(self, split):
+        """The examples of "train", or of "dev_X" or "test_X" of a split X."""
         return data_prep.read_examples(self.folder / f"{split}.jsonl", self.check)
 
     def check(self, example):
         """UserError unless the record of a data file can be used."""
 
     def image(self, example):
+        """The picture of a question, a PIL image. Do not paint on it."""
         return data_prep.cached_image(self.folder / example["image"])
 
     def same(self, answer, other):
+        """Whether the second answer only repeats the first."""
         return answer == other
 
     def say(self, answer, last=None):
@@ -1345,6 +1352,7 @@ class Points(Task):
     check = staticmethod(data_prep.check_figure)
 
     def question(self, example):
+        """The question stands in the text that the settings put around it."""
         points = self.cfg.points
         return points.question.replace("{question}", example["question"]), points.reply
 
@@ -1375,6 +1383,7 @@ class Points(Task):
         return x, y
 
     def say(self, answer, last=None):
+        """A first answer is a point, and a revised one may be a move."""
         if last and self.cfg.points.moves:
             return self.move(last, answer)
         return super().say(answer)
@@ -1403,6 +1412,7 @@ class Points(Task):
         return answer[0] * width / x_end, answer[1] * height / y_end
 
     def centre(self, example):
+        """The middle of the target's box, in pixels."""
         x0, y0, x1, y1 = example["box"]
         return (x0 + x1) / 2, (y0 + y1) / 2
 
@@ -1474,6 +1484,7 @@ class OwnPoints(Points):
         self.own = data_prep.own_examples(cfg.data, functools.partial(check_text, tokenizer))
 
     def examples(self, split):
+        """One's own examples, divided 8:1:1 by their pictures."""
         return self.own[split]
 
 class Grounding(Points):
@@ -1498,6 +1509,7 @@ class Navigation(Task):
     check = staticmethod(data_prep.check_map)
 
     def question(self, example):
+        """All maps have the same question."""
         return self.cfg.nav.question, self.cfg.nav.reply
 
     def parse(self, text, last=None):
@@ -1563,9 +1575,11 @@ class Navigation(Task):
             answer, example["look"], example.get("box"))
 
     def solution(self, example, rng):
+        """One of the shortest ways, by chance."""
         return tuple(data_prep.shortest_path(example["layout"], rng))
 
     def mistake(self, example, rng):
+        """A wrong way, most often one that runs straight to the goal."""
         path, exact = list(self.solution(example, rng)), functools.partial(self.exact, example)
         return tuple(data_prep.wrong_path(example["layout"], path, exact, rng))
 
@@ -1616,6 +1630,7 @@ class AdamW:
         return norm
 
     def update(self, weight, lr, mean, square, lost=None):
+        """Adam's update of one weight, in place."""
         grad = weight.grad.float()
         # The two moving means, in fp32 whatever the weights are.
         mean.copy_(mean.float().lerp(grad, 1 - 0.9))
@@ -1755,6 +1770,7 @@ def ratio(values):
     return sum(values) / len(values) if values else None
 
 def averages(outcomes, figures):
+    """The mean of each figure: {"first": 0.5, ...}. figures: their names, in one text."""
     return {figure: ratio([e[figure] for e in outcomes]) for figure in figures.split()}
 
 def health(outcomes):
@@ -1785,17 +1801,23 @@ def update_figures(episodes, logps, entropies, references):
     then = now.new_tensor([logp for episode in episodes for logp in episode.sampled_logps])
     kl = kl_terms(now, torch.cat(references)) if references else now.new_zeros(1)
     return Counter(
-        episodes=len(episodes), tokens=len(now),
+        episodes=len(episodes),
+        tokens=len(now),
         entropy=torch.cat(entropies).sum().item(),
         off_policy=(now - then).abs().sum().item(),
-        kl=kl.sum().item())
+        kl=kl.sum().item(),
+    )
 
 def update_averages(figures, rollouts):
     """Means a token, and the share of rollouts that were kept, from the sums of all workers."""
     sums = sum(figures, Counter())
     tokens = max(1, sums["tokens"])
-    return {"kept": sums["episodes"] / rollouts, "entropy": sums["entropy"] / tokens,
-            "kl": sums["kl"] / tokens, "off_policy": sums["off_policy"] / tokens}
+    return {
+        "kept": sums["episodes"] / rollouts,
+        "entropy": sums["entropy"] / tokens,
+        "kl": sums["kl"] / tokens,
+        "off_policy": sums["off_policy"] / tokens,
+    }
 
 def play_greedy(policy, task, cases, max_turns, feedback=None, hidden=False):
     """Outcomes of greedy play.
@@ -1838,8 +1860,11 @@ def probes(task, failed):
     def blank(example, answer):
         return grey(task.feedback(example, answer))
 
-    return {"other_picture": {"feedback": other_picture}, "blank": {"feedback": blank},
-            "hidden": {"hidden": True}}
+    return {
+        "other_picture": {"feedback": other_picture},
+        "blank": {"feedback": blank},
+        "hidden": {"hidden": True},
+    }
 
 def bits(values):
     """One character a question for paired tests: 1, 0, or - where it was not asked."""
@@ -1931,6 +1956,7 @@ def read_config(words=()):
     return cfg, flat
 
 def read_words(words):
+    """The settings that words of the command line give: {"rl.steps": "3", ...}."""
     given = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -1943,6 +1969,7 @@ def read_words(words):
     return given
 
 def read_yaml(file):
+    """The table that a YAML file holds. UserError if it cannot be read."""
     try:
         found = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -1995,7 +2022,7 @@ WORKERS = int(os.environ.get("WORLD_SIZE") or 1)
 RANK = int(os.environ.get("RANK") or 0) if WORKERS > 1 else 0
 
 def share(items):
-    """This worker's part of a list: a slice."""
+    """This worker's part of a list: a slice. Of ten items, worker 1 of 3 has items 3 to 5."""
     return items[len(items) * RANK // WORKERS : len(items) * (RANK + 1) // WORKERS]
 
 def gather(items=()):
@@ -2037,6 +2064,7 @@ class Run:
         gather()
 
     def check_settings(self, flat):
+        """UserError if this folder holds what other settings have made."""
         # Where nothing was trained yet, any settings may begin.
         made = [*self.folder.glob("*.checkpoint"), *self.folder.glob("results.json")]
         if not made:  # nothing was trained here yet
@@ -2137,6 +2165,7 @@ def fingerprint(cfg):
             "data_files": data_prep.digest(*files_of(files))}
 
 def files_of(paths):
+    """Those that are files, in an order that does not hang on the disk."""
     return sorted(path for path in paths if path.is_file())
 
 def program_of(names):
@@ -2147,6 +2176,7 @@ def program_of(names):
     return data_prep.digest_of(parts)
 
 def train_sft(cfg, task, run):
+    """SFT from the model of the settings. A function of its own, so that its policy is freed."""
     policy = load_policy(cfg.model, cfg)
     sft(policy, task, cfg, run)
     if RANK == 0:
@@ -2237,6 +2267,7 @@ def report(run, task, models, played, *folders):
     print(table)
 
 def main(words):
+    """The whole of `python vrrl.py WORDS`."""
     if {"-h", "--help", "help"} & set(words):
         print("usage: python vrrl.py [FILE.yaml] [key=value ...], as in rl.steps=600\n")
         print((HERE / "config.yaml").read_text())
