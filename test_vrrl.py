@@ -925,13 +925,16 @@ def test_a_run_leaves_its_table_pictures_figures_and_the_model_that_has_them():
         "curves.png", "episodes.png", "model", "lock"}
     lines, report = lines_of(folder), (folder / "report.md").read_text()
     assert all(f"| {model} | {split} | 3 |" in report for model, split in expected)
+    assert "once" not in report  # the probes were not asked for
     assert [(row["method"], row["split"]) for row in rows_of(folder)] == expected
     assert [(m["stage"], m["step"]) for m in lines] == [("rl", n) for n in range(1, 7)]
     assert all(m["off_policy"] < 2e-4 for m in lines)
     assert max(m["grad_norm"] for m in lines) > 0 < max(m["rollins"] for m in lines)
     kept, (_, flat) = (folder / "settings.yaml").read_text(), vrrl.read_config(words_of(folder))
     assert flat.items() <= yaml.safe_load(kept).items()
-    vrrl.main(words_of(folder.parent / "eval", "mode=eval", f"model={folder / 'model'}"))
+    words = "mode=eval", f"model={folder / 'model'}", "eval.probes=yes"
+    vrrl.main(words_of(folder.parent / "eval", *words))
+    assert "| once fixed | once other picture |" in (folder.parent / "eval/report.md").read_text()
     same = "split", "final", "commit", "turns", "first_by_question", "final_by_question"
     assert [[row[k] for k in same] for row in rows_of(folder.parent / "eval")] == [
         [row[k] for k in same] for row in rows_of(folder) if row["method"] == "vrrl"]

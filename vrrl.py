@@ -2236,6 +2236,7 @@ def train(cfg, words, task, run, files):
 
 # The figures that people look at; both raise an error where a name is no longer known.
 COLUMNS = ["first", "final", "repair_own", "repair_fixed", "break", "commit"]
+PROBE_COLUMNS = ["once_fixed", "once_other_picture", "once_blank", "once_hidden"]
 SHOWN = ["loss", "reward", "turns", "rollin_repair"]  # beside the progress bar
 SFT_CHARTS = {"loss, nats a token": "loss", "gradient norm": "grad_norm"}
 CHARTS = {"first": SFT_CHARTS, "sft": SFT_CHARTS, "rl": {
@@ -2253,17 +2254,24 @@ def report(run, task, models, played, *folders):
     # Up to six episodes, out of distribution first; repairs come before all others.
     pool = [e for split in reversed(task.splits) for e in played[split] if e["answers"]]
     pool.sort(key=lambda e: e["first"] >= e["final"])
-    rows = []
+    strips = []
     for e in pool[:6]:
         shown = [task.feedback(e["example"], answer) for answer in e["answers"]]
         verdicts = ["right" if correct else "wrong" for correct in e["correct"]]
-        rows.append({"label": f"{e['id']}   last turn: {e['last']}",
-                     "captions": [task.question(e["example"])[0], *e["said"]],
-                     "images": [task.image(e["example"]), *shown], "verdicts": ["", *verdicts]})
-    data_prep.film_strip(run.folder / "episodes.png", rows, run.folder.name)
-    table = data_prep.table(models, COLUMNS)
+        strips.append({
+            "label": f"{e['id']}   last turn: {e['last']}",
+            "captions": [task.question(e["example"])[0], *e["said"]],
+            "images": [task.image(e["example"]), *shown],
+            "verdicts": ["", *verdicts],
+        })
+    data_prep.film_strip(run.folder / "episodes.png", strips, run.folder.name)
+    rows = [{"method": name, **row} for name, of_split in models.items() for row in of_split]
+    columns = COLUMNS
+    if "once_hidden" in rows[0]:
+        columns = COLUMNS + PROBE_COLUMNS
+    table = data_prep.table(models, columns)
     write_file(run.folder / "report.md", table + "\n")
-    run.finish(rows=[{"method": m, **row} for m, rows in models.items() for row in rows])
+    run.finish(rows=rows)
     print(table)
 
 def main(words):
