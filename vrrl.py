@@ -2,8 +2,8 @@
 
 The idea (Tang, Yin, Durrett, arXiv 2607.02490). A vision-language model (VLM) answers a question
 about a picture, is shown what its answer does in the picture, and then commits or corrects. Plain
-RL makes first answers better and lets the policy forget how to correct, since a correction earns no
-more than a right first answer. Where pictures are new, first answers fail, and nothing mends them.
+RL makes first answers better. Corrections then become rare, and the policy forgets how to make
+them. Where pictures are new, first answers fail, and nothing mends them.
 VRRL makes the policy practise corrections: prefix masking (random turn masking, RTM) trains later
 turns, and buffered roll-ins start from past answers: wrong ones to correct, right ones to commit.
 
@@ -21,17 +21,23 @@ The algorithm, with the default of each number beside its name (task `grounding`
             R_i = 0 if malformed, else max(1 if correct else 0, 0.1 + 0.9 r_i); a correct one loses
                 reward.revision 0.05 for each revision. r_i in [0, 1] is the gain: section 3
             A_i = R_i - mean of the other G - 1 rewards    (REINFORCE with a baseline)
-            fresh rollouts only: k ~ U{1..T} of the T turns; turns before k leave the loss
+            fresh rollouts only: k ~ U{1..T} of the T turns; turns before k leave the loss (each
+                rollout draws its k)
         one Adam step (rl.lr 1e-4) on  - 1/(32 G) sum_i A_i sum of log pi over tokens in the loss
         D.append(each fresh rollout up to its first shown wrong answer; if none, its last shown one)
 
-*Malformed* is what breaks the protocol: turn 1 is an ANSWER alone, each later turn a THINK with an
-ANSWER that is new, and the last turn a FINAL. A rollout that never says FINAL is malformed too.
+A *rollout* is a sampled episode. A *roll-in* is one that goes on from a stored state: the turns of
+the state are given, and no loss trains them. All other rollouts are *fresh*.
+
+*Malformed* is what breaks the protocol: turn 1 is an ANSWER alone, each turn between is a THINK and
+an ANSWER that is new, and the last is a FINAL alone. One that never says FINAL is malformed too.
+
+Plain RL is the same with reward.reflection=no (1 if correct, else 0), rl.mask=none and rl.rho=1.
 
 *What the step does beside.* The rate rises for 20 steps and then falls to a tenth along a line. The
 gradient's norm is clipped to 1. The paper's GRPO also divides A by the group's standard deviation
 (here with rl.std_norm=yes), and clips the importance ratio. Here that ratio is 1, because each
-batch is used once. README.md lists what else differs.
+batch is used once. rl.kl (0 by default) adds a KL term. README.md lists what else differs.
 
 How to read this file. Part I is the method: 1 turns, 2 rollouts, 3 reward, 4 buffer, 5 loss, 6 the
 loop. It can be read alone: the table at its head says what it calls. Part II is what it stands on:
@@ -77,10 +83,11 @@ HERE = Path(__file__).resolve().parent
 #   policy.decode(ids)               the text of a turn; policy.end_id is the token that ends it
 #   policy.open(episodes)            a Context, in which the model has read up to the new turns
 #   policy.sample(context, luck)     one new turn for each of them: ids and log-probs
-#   context.take(places)             keep some of them; those that are equal so far are one row,
-#   context.rows                     the row of each
+#   context.take(places)             keep some of them
+#   context.rows                     after `sample`: the row of each; equal ones so far have one row
 #   policy.read(context, texts)      let each of them read on
-#   policy.log_probs(episodes)       log-probs of their `actions`, with gradients; entropies
+#   policy.log_probs(episodes)       log-probs of their `actions`, at the temperature of sampling,
+#                                    with gradients; and entropies
 #   policy.reference_log_probs(...)  log-probs of the same tokens under the SFT model
 #   Picture(image, processor)        an image as the model's vision tower takes it
 #   uniforms(policy, names, ...)     random numbers that hang on the names alone
@@ -89,12 +96,13 @@ HERE = Path(__file__).resolve().parent
 #   AdamW(policy).step(rate)         one update; returns the norm of the gradient
 #   share(items), gather(items)      this worker's part of a list; the parts of all workers
 #   outcome, health, update_...      figures for the log
-#   run.steps(...), run.log(...)     the numbers of the steps, with checkpoints; a line of the log
+#   run.steps(...), run.log(...)     steps 1, 2, ..., with checkpoints; a line of the log
 #   run.lap(name)                    the seconds since the last lap, for the log
 
 # ==================== 1. Turns ====================================================================
-# In each turn the policy says one ANSWER or one FINAL, perhaps after a THINK. An episode that is
-# corrected once reads so; after each ANSWER the user shows a picture of what it does:
+# In each turn the policy says one ANSWER or one FINAL; before an ANSWER that revises one stands a
+# THINK. An episode that is corrected once reads so; after each ANSWER the user shows a picture of
+# what it does:
 #     <ANSWER>12 7</ANSWER>
 #     <THINK>left 3 up 1</THINK><ANSWER>left 3 up 1</ANSWER>
 #     <FINAL></FINAL>
@@ -108,8 +116,9 @@ def parse_turn(task, text, last=None):
     """What a turn says: (kind, thought, answer).
 
     kind is "answer", "final" or "bad". thought is None without a THINK. last is the answer before
-    this turn: a revision may be told from there, and a FINAL commits it. So a FINAL is empty or
-    repeats it, and one that holds something else is bad.
+    this turn. A revision may be given as a move from there. A FINAL commits it: it is empty, or
+    states that answer in full. Bad is a turn that cannot be read; malformed is a whole episode
+    that is out of order, see `well_formed`.
         parse_turn(task, "<THINK>up 1</THINK><ANSWER>4 7</ANSWER>") == ("answer", "up 1", (4, 7))
         parse_turn(task, "<FINAL></FINAL>", last=(4, 7)) == ("final", None, None)
     """
@@ -232,7 +241,7 @@ def well_formed(task, turns, unfinished=False):
 
     Turn 1 is an ANSWER without THINK. Each revision is a THINK and an ANSWER. No ANSWER repeats an
     earlier one. One FINAL stands at the end, without THINK. With a letter for each turn: A T* F.
-    unfinished: more turns may follow, so that A T* is well-formed as well.
+    unfinished: more turns may follow, so that A T*, or nothing yet, is well-formed as well.
     """
     # The form, a letter a turn; x is what fits nowhere.
     letters = {("answer", False): "A", ("answer", True): "T", ("final", False): "F"}
@@ -246,7 +255,8 @@ def well_formed(task, turns, unfinished=False):
     return bool(re.fullmatch(wanted, form)) and not repeats(task, answers)
 
 def repeats(task, answers):
-    """Whether two of the answers are the same. Without this rule repeating oneself would pay."""
+    """Whether two of the answers are the same. Where reward.worse is below 1, going back and forth
+    between two answers would add up gain."""
     return any(task.same(one, other) for one, other in itertools.combinations(answers, 2))
 
 # ==================== 2. Rollouts =================================================================
@@ -305,7 +315,7 @@ def play(policy, task, starts, samples, max_turns, luck=None, training=False):
     """Roll out `samples` episodes from every start. Those of one start stand together.
 
     starts: Episodes without new turns, whose numbers `start` differ. max_turns: of new turns.
-    luck: the random numbers of the rollouts, see `uniforms`; None: greedy, for evaluation.
+    luck: random numbers (episodes, turns, tokens), see `uniforms`; None: greedy, for evaluation.
     training: end an episode as soon as it is malformed, since it earns 0 whatever follows.
     """
     # As many starts at once as policy.rows 256 allows.
@@ -329,15 +339,16 @@ def play(policy, task, starts, samples, max_turns, luck=None, training=False):
 def play_together(policy, task, episodes, max_turns, luck, training):
     """Sample the turns of these episodes, side by side in one batch, until all have ended."""
     context = policy.open(episodes)
-    # The numbers of the episodes that go on.
+    # Which of the episodes go on.
     live = list(range(len(episodes)))
     for number in range(max_turns):
         # All that go on say one turn each.
         numbers = None if luck is None else luck[live, number]
         spoken = policy.sample(context, numbers)
 
-        # Each turn is parsed and judged, and an answer gets its feedback. Episodes that are equal
-        # so far are one row of the context, and have this turn in common.
+        # Each turn is parsed and judged, and an answer gets its feedback. Every episode has sampled
+        # a turn of its own. Those that happened to say the same, from the same start on, are one
+        # row of the context now, and share one Turn.
         at_limit = number + 1 == max_turns
         turns = {}
         for n, row, (ids, logps) in zip(live, context.rows, spoken):
@@ -383,12 +394,14 @@ def reward(task, episode, *, reflection, bonus, cost, worse, revision):
     (reflection no) has R = R_answer. Defaults in grounding: bonus 0, cost 0, worse 1; in
     navigation: bonus 0.2, cost 0.05, worse 0.5; in both: revision 0.05.
 
+    Example, grounding: p = 0.2 and then correct earns 1 - 0.05 = 0.95; p = 0.2 and then p = 0.6,
+    wrong, earns 0.1 + 0.9 * 0.4 = 0.46.
     Example, navigation: a first answer of no progress (p = 0) is revised to a correct one (p = 1).
     So r = 1, and three turns give R_refl = 0.1 + 0.9 + 0.2 - 3 * 0.05 = 1.05. That is more than
     R_answer = 1, and R = 1.05 - 0.05 = 1.00, as much as for being correct at once.
 
     `late` is not in the paper (its release takes 0.01). Without it an error that is surely mended
-    is free, and a policy may err on purpose.
+    is free in grounding, and pays 1.05 in navigation, so that a policy may err on purpose.
     """
     if not well_formed(task, episode.all_turns):
         return 0.0
@@ -428,7 +441,7 @@ def state_of(task, episode, store):
     last one that did. store=committed, as in the paper: before the FINAL.
         wrong, correct, FINAL    drawn: (wrong)      committed: (wrong, correct)
         correct, FINAL           drawn: (correct)    committed: (correct)
-        wrong, malformed         drawn: (wrong)      committed: None
+        wrong, no FINAL          drawn: (wrong)      committed: None
     """
     if episode.given:  # a roll-in leaves none: states would grow from states
         return None
@@ -453,7 +466,8 @@ class Buffer:
 
     correct_share: the share of correct states, of the `size` places and of what is taken. One
     queue for both would fill up with correct states as the policy gets better. First in, first
-    out: a state is taken once, or it falls out when its queue is full.
+    out: a state is taken once, or it falls out when its queue is full. Rollouts that are equal
+    leave equal states, each of which counts.
     """
     def __init__(self, size, correct_share):
         places = round(size * correct_share)
@@ -479,9 +493,10 @@ class Buffer:
 # E[grad log pi] = 0, and it lowers the variance. The mean reward of the other rollouts of the same
 # start is such a baseline.
 #
-# Under prefix masking it does not drop out. Turn t of T new turns is weighted t/T on average, and T
-# depends on what the policy does in turn t and later: a commit ends the episode. So early turns of
-# long episodes count less. This bias is the method's own.
+# Under prefix masking it does not drop out. Turn t of T new turns has the weight t/T on average. T
+# depends on what the policy does in turn t and later, since a commit ends the episode. So the
+# weight depends on the actions too, and E[weight * grad log pi] is not 0: early turns of long
+# episodes count less. This bias is the method's own.
 #
 # Roll-ins need no mask. Their given turns are in no loss, and all rollouts of the start share them:
 # there the baseline holds.
@@ -511,10 +526,10 @@ def turn_weights(group, mask, seed):
     return weights
 
 def advantages(rewards, std_norm=False):
-    """A_i = R_i - mean reward of the other rollouts of its group: (N, G) -> (N, G).
+    """A_i = R_i - mean reward of the other rollouts of its group: (groups, G) -> (groups, G).
 
     This equals G / (G - 1) times (R_i - mean of all G). Rewards 1, 0, 0 give 1, -0.5, -0.5.
-    std_norm: divided by the group's standard deviation too, as in GRPO.
+    std_norm: divided by the group's standard deviation too. GRPO has this without G / (G - 1).
     """
     # In fp32 the mean of equal numbers may differ from them.
     rewards = rewards.double()
@@ -536,11 +551,12 @@ def kl_terms(logp, reference):
 def policy_loss(episodes, logps, rollouts, references=None, kl=0.0):
     """L = 1/N sum_i [ - A_i sum_j m_ij log pi(y_ij)  +  kl sum_j (q_ij - log q_ij - 1) ].
 
-    logps, references: a (tokens,) tensor for each episode, which holds A_i and its weights m_ij.
+    logps, references: a (tokens,) tensor for each episode. The episode holds A_i and the m_ij.
     rollouts: N, of the whole step, so that the losses of its micro-batches add up to its loss.
 
     N does not depend on the mask. Divided by the tokens in the loss, which depend on k, `random`
-    would not average to `expected`. The KL term holds on masked turns too, or they could drift.
+    would not average to `expected`. In each episode the KL term holds on masked turns too, or
+    they could drift.
     """
     loss = 0.0
     for number, (episode, logp) in enumerate(zip(episodes, logps)):
@@ -928,6 +944,7 @@ class Policy:
         In a row of `new` True comes first, then False. pictures: those of row 0, of row 1, ...
         The context grows. Returns the hidden states (B, W, D).
         """
+        # What the model reads, where it stands, and what each new token may see.
         embeds, deepstack = self.embed(ids, new, pictures)
         positions = self.steps_of(ids, new, pictures) + context.position[:, None]
         mask = context.add_columns(new)
@@ -939,6 +956,7 @@ class Policy:
 
     def embed(self, ids, new, pictures):
         """Embeddings (B, W, D), with pictures in their places; and DeepStack's arguments."""
+        # Text first. Where there are pictures, their visual tokens take the places of placeholders.
         embeds = self.model.get_input_embeddings()(ids)
         if not pictures:
             return embeds, {}
@@ -958,8 +976,10 @@ class Policy:
         A text token takes one step on all three axes. An image's tokens keep the time axis and
         spread over rows and columns; the text after it goes on from the larger side.
         """
+        # Text alone takes a step a token.
         if not pictures:
             return (new.long().cumsum(1) - 1).expand(3, *ids.shape)
+        # With pictures the library knows where each visual token stands.
         is_image = ids.eq(self.image_id) & new
         grids = torch.tensor([p.patch_grid for p in pictures])
         positions, _ = self.model.model.get_rope_index(
@@ -981,6 +1001,7 @@ class Policy:
 
     def log_softmax(self, hidden):
         """Log-probs (..., V) of the next token at the sampling temperature, banned ones -inf."""
+        # In fp32, since log-probs of rare tokens need its digits.
         logits = self.model.get_output_embeddings()(hidden).float() / self.cfg.policy.temperature
         return logits.masked_fill(self.banned, -torch.inf).log_softmax(-1)
 
@@ -1076,6 +1097,7 @@ class Policy:
 
 def pick(logp, luck):
     """The first token (B,) at which the summed probability passes a number of luck (B,)."""
+    # Rounding may leave the sum a little below 1, so the number is scaled with it.
     total = logp.to(luck.dtype).exp().cumsum(-1)
     token = torch.searchsorted(total, luck[:, None] * total[:, -1:], right=True)
     return token[:, 0].clamp(max=logp.shape[-1] - 1)
@@ -1096,6 +1118,7 @@ def uniforms(policy, names, samples, turns):
 def source_of(name):
     """What `model=` names: a folder, as it stands or beside this file, of a model or of a run; or a
     hub name."""
+    # As the user sees it, or beside this file.
     folder = Path(name) if Path(name).is_dir() else HERE / name
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"model={name} holds adapters alone: merge them into their base first")
@@ -1127,6 +1150,7 @@ def load_parts(source):
 
 def check_text(tokenizer, name, text):
     """UserError if a text holds what the tokenizer would take for a special token."""
+    # Such a token in a text would start or end a turn, or stand for a picture.
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
     for token in [*special, MARK]:
         if token in text:
@@ -1135,6 +1159,7 @@ def check_text(tokenizer, name, text):
 def check_parts(name, model, tokenizer, processor, missing):
     """UserError if the parts of a model would give nonsense together: the library would make up
     what is missing. missing: names of tensors that the files lack."""
+    # Each part alone may be in order; here they have to fit each other.
     vision, rows = model.config.vision_config, len(model.get_input_embeddings().weight)
     sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
     other = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
@@ -1196,6 +1221,7 @@ def is_large(model):
 def change_class(module, mixin):
     """Let `mixin` come before the class of this one module. A forward that is stored in the module
     would refer back to it, and then nothing but a garbage collection would free its weights."""
+    # The class is changed for this module alone.
     kind = type(module)
     module.__class__ = type(kind.__name__, (mixin, kind), {})
 
@@ -1213,6 +1239,7 @@ class Checkpointed:
     new in it joins the real one afterwards.
     """
     def forward(self, hidden, **rest):
+        # The layer as the library wrote it.
         layer = super().forward
         cache = rest.pop(CACHE, None)
         if cache is None:  # the vision tower has none
@@ -1265,6 +1292,7 @@ class Task:
         """Make the data, once. plan: a dict of lists: "test_X" and "dev_X" of each split X ("id"
         first), then "train". For an item (7, "snow"), make(rng, 7, "snow") in data_prep.py gives
         (record, PIL image). The record, with id, image and size added, is an example."""
+        # Other plans, and other code that makes the pictures, get a folder of their own.
         if Path(cfg.data).is_file():
             raise UserError(f"data={cfg.data} is a file: it needs task=points")
         code = data_prep.code_digest(HERE / "data_prep.py")
@@ -1390,6 +1418,7 @@ class Points(Task):
 
     def move(self, here, there):
         """The way from a point to another: "left 3 up 1"."""
+        # Nothing is said of an axis along which there is nothing to do.
         across, down = there[0] - here[0], there[1] - here[1]
         words = []
         if across:
@@ -1400,6 +1429,7 @@ class Points(Task):
 
     def ends(self, example):
         """The coordinates of the right and the lower edge."""
+        # A scale of its own, as Qwen3-VL has it, or pixels as Qwen2.5-VL has them.
         scale = self.cfg.points.scale
         if scale:
             return scale, scale
@@ -1432,6 +1462,7 @@ class Points(Task):
     def progress(self, example, answer):
         """p = phi(d) = (exp(-d^2 / s1^2) + exp(-d^2 / s2^2)) / 2, d: `distance`, s2: the side of
         the crop, s1 = 0.4 s2 (paper: s2 = 200, s1 = 80)."""
+        # Near the target the narrow bell rises, from afar the wide one.
         d, s2 = self.distance(example, answer), self.cfg.points.crop
         near = math.exp(-((d / (0.4 * s2)) ** 2))
         far = math.exp(-((d / s2) ** 2))
@@ -1539,6 +1570,7 @@ class Navigation(Task):
 
     def exact(self, example, answer):
         """The way ends on the goal, and none is shorter."""
+        # A way that is cut off, or stops short, or takes a detour, is wrong.
         remaining, failure = self.walk(example, answer)
         return not failure and remaining[-1] == 0 and len(answer) == remaining[0]
 
@@ -1605,6 +1637,7 @@ class AdamW:
 
     def state(self):
         """{name: tensor}, weights too: all that a checkpoint needs of model and optimizer."""
+        # Names that a checkpoint can be read by.
         state = {"steps": self.steps}
         for name, tensors in {"weight": self.weights, **self.kept}.items():
             for number, tensor in enumerate(tensors):
@@ -1663,6 +1696,7 @@ def micro_batches(episodes, size):
     """Slices of at most `size` different episodes; equal ones stand together, since they share a
     row. Equal lengths stand together too, for little padding; within a length one start does, since
     its opening is then read once."""
+    # A short text beside a long one would be padding for the most part.
     def length_and_start(episode):
         return len(episode.rest[0]), episode.start
 
@@ -1727,6 +1761,7 @@ def sft_stage(stage, steps, data, policy, task, cfg, run):
         # The mean over the taught tokens of all workers.
         tokens = sum(gather([len(episode.actions) for episode in batch]))
         total = 0.0
+        # The gradient, a micro-batch at a time, for memory.
         for part in micro_batches(batch, cfg.policy.micro):
             logps, _ = policy.log_probs(part)
             loss = -torch.cat(logps).sum() / tokens
@@ -1875,6 +1910,7 @@ def rates(outcomes, most):
     after_turn: the accuracy had it stopped after 1, 2, ... answers."""
     failed = [e for e in outcomes if not e["first"]]
     passed = [e for e in outcomes if e["first"]]
+    # Had it been stopped after so many answers, its last one would count.
     after_turn = []
     for turn in range(1, most + 1):
         so_far = [e["correct"][:turn] for e in outcomes]
@@ -1894,6 +1930,7 @@ def repairs(policy, task, cfg, examples, wrong):
     correct; once_: the next answer is. fixed: with true feedback; the others are `probes`."""
     # The questions that these turns fail, once with true feedback, and once for each probe.
     failed = [(e, wrong[e["id"]]) for e in examples if e["id"] in wrong]
+    # True feedback, and with eval.probes the others.
     views = {"fixed": {}}
     if cfg.eval.probes:
         views |= probes(task, failed)
@@ -1957,6 +1994,7 @@ def read_config(words=()):
 
 def read_words(words):
     """The settings that words of the command line give: {"rl.steps": "3", ...}."""
+    # The later word wins.
     given = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -2028,6 +2066,7 @@ def share(items):
 def gather(items=()):
     """The inverse of `share`: the whole list, from what the workers made of their slices. It waits
     for all of them; without items it does nothing else."""
+    # One worker alone gets back what it gave.
     parts = [items] * WORKERS
     if WORKERS > 1:
         dist.all_gather_object(parts, items)
@@ -2077,6 +2116,7 @@ class Run:
 
     def log(self, **figures):
         """A line of metrics.jsonl, with what `lap` has timed. The bar shows some of it."""
+        # Six digits are enough, and keep the file short.
         line = {"stage": self.stage, "step": self.step}
         for key, value in (figures | self.laps).items():
             if isinstance(value, float):  # JSON has no nan
@@ -2098,6 +2138,7 @@ class Run:
         seconds, or less often: writing takes at most a twentieth of the time."""
         self.stage, self.checkpoint = stage, self.folder / f"{stage}.checkpoint"
         done, saved, cost = self.load(optimizer, buffer), time.time(), 0.0
+        # The bar shows the time that is left, and `log` adds figures.
         self.bar = tqdm(range(done + 1, count + 1), initial=done, total=count, desc=stage,
                         unit="step", disable=RANK > 0)
         for self.step in self.bar:
@@ -2142,6 +2183,7 @@ class Run:
 
     def finish(self, **content):
         """Write results.json, which says that the run is done, and remove the checkpoints."""
+        # What it ran on, for whoever compares figures.
         device = platform.machine()
         if torch.cuda.is_initialized():
             device = torch.cuda.get_device_name()
@@ -2154,6 +2196,7 @@ class Run:
 
 def fingerprint(cfg):
     """What a result depends on beside the settings: the contents of program, model and data."""
+    # Files by their contents. A model of the hub counts by its name alone.
     model, data = Path(source_of(cfg.model)), Path(cfg.data)
     files = []
     if data.is_file():  # own data, with the pictures
@@ -2249,6 +2292,7 @@ CHARTS = {"first": SFT_CHARTS, "sft": SFT_CHARTS, "rl": {
 
 def report(run, task, models, played, *folders):
     """What people look at: report.md, curves.png, episodes.png; results.json ends the run."""
+    # Curves of SFT and RL.
     files = [folder / "metrics.jsonl" for folder in (*folders, run.folder)]
     data_prep.curves(run.folder / "curves.png", files, CHARTS)
     # Up to six episodes, out of distribution first; repairs come before all others.
@@ -2265,6 +2309,7 @@ def report(run, task, models, played, *folders):
             "verdicts": ["", *verdicts],
         })
     data_prep.film_strip(run.folder / "episodes.png", strips, run.folder.name)
+    # The table: a row for each model and split.
     rows = [{"method": name, **row} for name, of_split in models.items() for row in of_split]
     columns = COLUMNS
     if "once_hidden" in rows[0]:
@@ -2308,6 +2353,7 @@ def main(words):
 
 def run_main(function, words):
     """What the user can mend becomes one line and exit code 2."""
+    # Of all that can go wrong, what is a mistake of the program keeps its traceback.
     code = 2
     try:
         function(words)
