@@ -45,7 +45,7 @@ loop. It can be read alone: the table at its head says what it calls. Part II is
 reader may skip Part II; whoever changes something finds the place in README.md. `python vrrl.py
 --help` lists all settings.
 """
-import ast, contextlib, dataclasses, datetime, difflib, functools, hashlib, inspect, itertools
+import contextlib, dataclasses, datetime, difflib, functools, hashlib, inspect, itertools
 import json, math, os, platform, random, re, shutil, sys, time, types
 from collections import Counter, deque, namedtuple
 from pathlib import Path
