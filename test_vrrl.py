@@ -1409,7 +1409,7 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(what, tmp_path, fails
     rl.rho=1.01          | 0 to 1
     rl.lr=nan            | 0 to 1
     rl.std_norm=maybe    | yes, no
-    method=ppo           | sft
+    method=none          | sft
     points.question=find | text {question}
     data=config.yaml     | needs task=points
     model=nowhere        | model=nowhere
