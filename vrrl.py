@@ -507,8 +507,9 @@ def turn_weights(group, mask, seed):
         none: all tokens weigh 1
         random: k ~ U{1..T} is drawn for each rollout; turns k..T weigh 1, those before k weigh 0
         expected: turn t weighs t/T, the mean of `random`
-    T may differ within the group. A roll-in weighs 1. Two turns of one token each: random gives [1, 1] or [0, 1], expected
-    [0.5, 1]. seed: a text; with the start and the rollout's place it decides k.
+    T may differ within the group. A roll-in weighs 1. Two turns of one token each: random gives
+    [1, 1] or [0, 1], expected [0.5, 1]. seed: a text; with the start and the rollout's place it
+    decides k.
     """
     weights = []
     for place, rollout in enumerate(group):
