@@ -64,7 +64,7 @@ def near_colour(rng, colour):
 MOVES = {"up": (-1, 0), "down": (1, 0), "left": (0, -1), "right": (0, 1)}  # (row, column)
 # Colours, and the shape of a hole. `alert` shows where a path leaves the grid, and nothing else.
 Look = namedtuple("Look", "ground hole path alert coat hat box ribbon shape")
-# Training sees "snow" and the random MIXES; night, desert and ink, with new shapes too, ask whether
+# Training sees "snow" and random mixes; night, desert and ink, with new shapes too, ask whether
 # a skill survives a change of picture. "official" has the authors' colours.
 LOOKS = {
     "snow": "#EEF5FA #48C #F81 #C0B #284 #C23 #C24 #FD4 disc",
@@ -73,7 +73,10 @@ LOOKS = {
     "ink": "#FAF8F0 #222 #16D #E22 #555 #222 #BBB #111 ring",
     "official": "#F0F7FC #4CF #E10 #306 #384 #384 #347 #E82 disc",
 }
-MIXES = tuple(f"mix{number:02d}" for number in range(40))
+
+def random_mix(rng, draw):
+    """The name of one of the 40 random palettes of a draw of the data, see make.draw."""
+    return f"mix{40 * draw + rng.randrange(40)}"
 
 @functools.lru_cache(maxsize=None)
 def look_of(name):
@@ -274,7 +277,7 @@ def wrong_path(layout, path, exact, rng):
         if wrong and not exact(wrong):
             return wrong
 
-def navigation_plan(train, test, cell):
+def navigation_plan(train, test, cell, draw=0):
     """{split: [(n, look, cell), ...]}. Test comes first: other counts leave it as it is."""
     splits = {
         "id": ((3, 4, 5), ["snow"]),  # sides of maps, looks
@@ -287,14 +290,14 @@ def navigation_plan(train, test, cell):
             maps = [(size, look, cell) for look in looks for size in sizes]
             plan[f"{part}_{name}"] = (maps * test)[:test]  # each in turn
     # 30 % of the training maps are 4 x 4, most others 5 x 5. Every fourth has the look of test_id.
-    rng = random.Random("order")
+    rng = random.Random(f"order {draw}")
     sizes = [3] * min(300, train // 10)  # Few maps of 3 x 3 exist.
     sizes += [4] * round(0.3 * train)
     sizes += [5] * (train - len(sizes))
     rng.shuffle(sizes)
     plan["train"] = []
     for number, size in enumerate(sizes):
-        look = rng.choice(MIXES) if number % 4 else "snow"
+        look = random_mix(rng, draw) if number % 4 else "snow"
         plan["train"].append((size, look, cell))
     return plan
 
@@ -348,21 +351,21 @@ FIGURES = {
 LOOK_ALIKES = 4, 8  # lowest and highest number in a picture
 Colours = namedtuple("Colours", "page head ink fill")  # of one figure
 
-def figure_plan(kind, train, test):
-    """{split: [(shape, size, kind, look-alikes), ...]}; test comes first, as for navigation."""
+def figure_plan(kind, train, test, draw=0):
+    """{split: [(shape, size, kind, draw, look-alikes), ...]}; test is first, as for navigation."""
     plan = {}
     # Test and dev have every split; training sees "id" alone.
     for part in ("test", "dev"):
         for name, (shape, size) in FIGURES[kind].items():
             alike = kind == "embedded" and name != "id"
-            plan[f"{part}_{name}"] = [(shape, size, kind, alike)] * test
+            plan[f"{part}_{name}"] = [(shape, size, kind, draw, alike)] * test
     shape, size = FIGURES[kind]["id"]
-    plan["train"] = [(shape, size, kind)] * train
+    plan["train"] = [(shape, size, kind, draw)] * train
     return plan
 
-def make_figure(rng, shape, size, kind="embedded", alike=False):
+def make_figure(rng, shape, size, kind="embedded", draw=0, alike=False):
     """(record, RGB image) of a shape in FIGURES; `size` is (lowest, highest) number of its parts;
-    alike: whether an embedded figure has LOOK_ALIKES.
+    draw: whose palettes it has; alike: whether an embedded figure has LOOK_ALIKES.
 
     record: question, box of the target, shape, and `within`: a point is right within so many
     pixels of the middle of the box, or, where that is 0, inside the box.
@@ -375,7 +378,7 @@ def make_figure(rng, shape, size, kind="embedded", alike=False):
         fill = random_colour(rng, 90, 190)
         colours = Colours(page, head, ink, fill)
     else:  # One of 40 palettes, far from the colours that mean something.
-        palette = random.Random(f"mix{rng.randrange(40)}")
+        palette = random.Random(random_mix(rng, draw))
         colours = Colours(*far_colours(palette, 4, [RED, BLUE, MARK]))
     if shape == "scatter":
         figure = _scatter(rng, size, colours, text, alike)
@@ -859,7 +862,8 @@ def check_map(record):
     """UserError unless a record of navigation has a usable layout and look, and a box within its
     image where it has one."""
     check_layout(record.get("layout"))
-    if record.get("look") not in (*LOOKS, *MIXES):
+    look = str(record.get("look"))
+    if look not in LOOKS and not look.startswith("mix"):
         raise UserError('"look" is missing or no name of a look')
     # A map has no question, and a box only where its picture has a margin.
     check_figure({"question": "the way", "within": 0, "box": [0, 0, 2, 2]} | record)
@@ -921,10 +925,10 @@ def _read_record(line, number):
             raise UserError(f'"{key}" is missing or not a text')
     return record
 
-def make_folder(folder, task, plan, make, **more):
+def make_folder(folder, task, plan, make, draw=0, **more):
     """Write a made data set, unless it is there. The same plan gives the same bytes.
     plan: {split: [arguments, ...]}, of what JSON can hold. make(rng, *arguments) gives (record,
-    image); no layout or picture is in two places."""
+    image); no layout or picture is in two places. draw: another number, other pictures."""
     folder = Path(folder)
     counts = {split: len(plan[split]) for split in plan}
     # data.json tells people, and programs, what the folder holds.
@@ -932,9 +936,9 @@ def make_folder(folder, task, plan, make, **more):
     if not folder.exists():
         with lock(folder.parent, wait=True):
             if not folder.exists():  # Another process may have made it meanwhile.
-                _write_folder(folder, about, plan, make)
+                _write_folder(folder, about, plan, make, draw)
 
-def _write_folder(folder, about, plan, make):
+def _write_folder(folder, about, plan, make, draw):
     """Write a data folder whole or not at all."""
     building = folder.with_name(f"{folder.name}.tmp")
     shutil.rmtree(building, ignore_errors=True)  # A process that was killed may have left it.
@@ -942,16 +946,16 @@ def _write_folder(folder, about, plan, make):
     taken = set()  # hashes, over all splits
     try:
         for split in plan:
-            _write_split(building, split, plan[split], make, taken)
+            rng = random.Random(f"{split} {draw}")
+            _write_split(building, split, plan[split], make, rng, taken)
         write_file(building / "data.json", json.dumps(about, indent=2) + "\n")
         os.sync()  # All pictures at once: there are thousands.
         building.replace(folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)  # A success leaves nothing of it.
 
-def _write_split(folder, split, items, make, taken):
+def _write_split(folder, split, items, make, rng, taken):
     """Write the pictures of a split, its JSONL file, and a preview of the first six."""
-    rng = random.Random(split)
     lines = []
     preview = {"label": split, "images": [], "captions": [], "verdicts": [""] * 6}
     for arguments in tqdm(items, split, disable=None):

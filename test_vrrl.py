@@ -34,7 +34,7 @@ CONFIG = yaml.safe_load((vrrl.HERE / "config.yaml").read_text())
 TABLE = vrrl.flatten(CONFIG["settings"])
 KINDS = ["embedded", "deepstack", "qwen2.5"]
 LAKE = {"layout": ["SFF", "FHF", "FFG"]}  # two shortest ways, of four moves, around the hole
-BOX = {"size": [96, 96], "box": [40, 40, 56, 56], "within": 0}  # its centre is the answer 12 12
+BOX = {"id": "box", "size": [96, 96], "box": [40, 40, 56, 56], "within": 0}  # its centre: 12 12
 
 # ==================== Helpers: settings, tasks, models ============================================
 class Picture(vrrl.Picture):
@@ -377,15 +377,16 @@ def test_the_baseline_is_the_mean_of_the_others_and_equal_rewards_have_no_advant
 # ==================== The method: reward ==========================================================
 # Progress by hand, s1 = 19.2 and s2 = 48 pixels: "9 12" is 12 pixels from the centre, so that
 # p = (e^-0.390625 + e^-0.0625) / 2 = 0.808023; "0 0" is 67.88, p = (e^-12.5 + e^-2) / 2 = 0.067669.
-# The gain between them is 0.740354, which pays 0.1 + 0.9 * 0.740354 = 0.766319.
+# The gain between them is 0.740354. A wrong episode gets half of 0.1 + 0.9 * 0.740354.
 GROUNDING = rows("""
     A 12 12; F                 | 1.0
-    A 0 0; F                   | 0.1
-    A 0 0; T 9 12; F           | 0.766319
-    A 9 12; T 0 0; F           | 0.1
-    A 0 0; T 9 12; T 24 24; F  | 0.1
+    A 0 0; F                   | 0.05
+    A 0 0; T 9 12; F           | 0.38316
+    A 9 12; T 0 0; F           | 0.05
+    A 0 0; T 9 12; T 24 24; F  | 0.05
     A 0 0; T 12 12; F          | 0.95
-    A 12 12; T 0 0; F          | 0.1
+    A 0 0; T 12 12; F          | 0.6 | reward.revision=0.9  # at most 0.4 is taken off
+    A 12 12; T 0 0; F          | 0.05
     A 0 0; T 12 12             | 0.0
     A 12 12; so it is; F       | 0.0
 """)
@@ -399,14 +400,14 @@ NAVIGATION = rows("""
     A right; T right; F                           | 0.0
     A up; T right right down; T left; T right right down down; F | 0.85  # r is clipped at one
     A right; F                                    | 0.0
-    A right; T right right down; F                | 0.4    # 0.1 + 0.9 * 0.5 - 0.15
-    A right right; T left; T right right down; F  | 0.35   # 0.1 + 0.9 * 0.5 - 0.2
+    A right; T right right down; F                | 0.2    # half of 0.1 + 0.9 * 0.5 - 0.15
+    A right right; T left; T right right down; F  | 0.175  # half of 0.1 + 0.9 * 0.5 - 0.2
     A right right down down; T right; F           | 0.0
-    A up; T right; F                              | 0.325  | reward.cost=0
-    A right; F                                    | 0.08   | reward.cost=0.01
+    A up; T right; F                              | 0.1625 | reward.cost=0
+    A right; F                                    | 0.04   | reward.cost=0.01
     A up; T right right down down; F              | 1.3    | reward.bonus=0.5
-    A right right; T left; T right right down; F  | 0.325  | reward.cost=0 | reward.worse=1
-    A right right; T left; T right right down; F  | 0.775  | reward.cost=0 | reward.worse=0
+    A right right; T left; T right right down; F  | 0.1625 | reward.cost=0 | reward.worse=1
+    A right right; T left; T right right down; F  | 0.3875 | reward.cost=0 | reward.worse=0
 """)
 
 def reward_of(task, short, given=0):
@@ -423,8 +424,29 @@ def test_the_reward_is_what_its_docstring_says(row):
     for given in range(1 + short.count("; ")):  # given answers count as well
         paid = reward_of(bare(name, *words), short, given)
         assert paid == pytest.approx(float(expected), abs=1e-5)
-    right = float(expected) > 0.8
+    right = float(expected) >= 0.6
     assert reward_of(bare(name, "reward.reflection=no"), short) == float(right)
+
+@parametrize("name", ["grounding", "navigation"])
+def test_no_wrong_episode_earns_more_than_a_correct_one_and_a_last_step_pays(name):
+    task, rng = bare(name), random.Random(0)
+    example = LAKE if name == "navigation" else BOX
+
+    def paid(answers, **settings):
+        turns = [vrrl.Turn([], [], thought="x" if n else None, answer=answer)
+                 for n, answer in enumerate(answers)]
+        turns.append(vrrl.Turn([], [], kind="final"))
+        return vrrl.reward(task, vrrl.Episode(example, [], None, turns=turns), **settings)
+
+    for _ in range(2000):
+        settings = {"reflection": True, "worse": rng.choice([0, 0.5, 1, 10])}
+        for key in ("bonus", "cost", "revision"):
+            settings[key] = rng.choice([0, 0.05, rng.random(), 1])
+        solution = task.solution(example, rng)
+        wrong = task.mistakes(example, solution, rng.randint(1, 5), rng)
+        mended = paid([*wrong, solution], **settings)
+        others = task.mistakes(example, solution, rng.randint(1, 3), rng)
+        assert mended > max(paid(wrong, **settings), paid(others, **settings))
 
 @parametrize("short, lost", rows("""
     A 0 0; F                   | never  # or the number of turns after which nothing can mend it
@@ -463,6 +485,7 @@ def test_the_buffer_is_two_queues_first_in_first_out_of_the_settings_sizes():
     for n in range(20):
         buffer.add((n, [], False))
         buffer.add((100 + n, [], True))
+        buffer.add((n, [], False))  # one that is there is not added again
     wrong, right = [*range(13, 20)], [117, 118, 119]
     assert [state[0] for state in buffer.wrong] == wrong
     assert [state[0] for state in buffer.correct] == right
@@ -510,14 +533,40 @@ def test_the_stored_state_is_cut_where_the_policy_had_to_decide(store, letters, 
     episode = scripted(policy_of(), "; ".join(parts))
     spoken = [turn.ids for turn in episode.turns[: int(cut)]]
     expected = (example["id"], spoken, last == "right") if spoken else None
-    assert vrrl.state_of(task, episode, store) == expected
-    rolled = dataclasses.replace(episode, given=episode.turns[:1], turns=episode.turns[1:])
-    assert vrrl.state_of(task, rolled, store) is None  # states would grow out of states
+    assert vrrl.state_of(task, episode, store, 0) == expected
+    # The same as a roll-in after one given turn leaves a wrong state alone, if it is short.
+    given, new = episode.turns[:1], episode.turns[1:]
+    rolled = dataclasses.replace(episode, given=given, turns=new)
+    of_new = vrrl.state_of(task, dataclasses.replace(rolled, given=[]), store, 0)
+    for depth in (0, 1, 2, 3, 4):
+        expected = None
+        if of_new and not of_new[2] and 1 + len(of_new[1]) <= depth:
+            expected = (example["id"], [given[0].ids, *of_new[1]], False)
+        assert vrrl.state_of(task, rolled, store, depth) == expected
+
+@parametrize("given, others, again", rows("""
+    A 0 0 | T 12 12; F, T 12 12; F | no   # all have mended it
+    A 0 0 | T 12 12; F, F          | yes
+    A 0 0 | T 12 12; F, T 24 24; F | yes
+    A 0 0 | T 12 12; F, so         | yes
+    A 12 12 | F, T 24 24; F        | no   # a correct state is taken once
+          | A 0 0; F, A 24 24; F   | no   # a question is no state
+"""))
+def test_a_wrong_state_comes_again_unless_all_its_rollouts_mended_it(given, others, again):
+    task, group = bare("grounding"), []
+    for other in others.split(", "):
+        turns = parsed(task, f"{given}; {other}" if given else other)
+        for turn in turns:
+            turn.ids = [turn.text]
+        count = 1 if given else 0
+        group.append(vrrl.Episode(BOX, [], None, given=turns[:count], turns=turns[count:]))
+    expected = [(BOX["id"], [[group[0].given[0].text]], False)] if again == "yes" else []
+    assert vrrl.states_of(task, group, "drawn", 0) == expected  # no new turn was shown
 
 def test_a_state_starts_with_the_same_ids_and_pictures():
     policy, task, found = policy_of("taught"), made("grounding"), 0
     for e in sampled(policy, fresh=8, rolled=0, samples=4, training=True):
-        state = vrrl.state_of(task, e, "drawn")
+        state = vrrl.state_of(task, e, "drawn", 2)
         if state is None:
             continue
         found += 1
@@ -691,7 +740,7 @@ def test_a_rollout_depends_neither_on_its_neighbours_nor_on_their_order():
     assert played(range(5), "policy.rows=3") == whole
     assert played([2]) == {key: whole[key] for key in ((2, 0), (2, 1))}
 
-@parametrize("temperature, least, most", [(0.05, 5, 7), (1, 6, 19), (10, 20, 20)])
+@parametrize("temperature, least, most", [(0.05, 5, 9), (1, 6, 19), (10, 20, 20)])
 def test_equal_rollouts_share_rows_and_nothing_else_changes(temperature, least, most, monkeypatch):
     """At a low temperature nearly all of the 20 rollouts are equal, at a high one none are."""
     policy = policy_of("taught", f"policy.temperature={temperature}")

@@ -18,13 +18,15 @@ The algorithm, with the default of each number beside its name (task `grounding`
                 0.3) or of its wrong queue; if that queue is empty, the question
             sample rl.samples G = 8 rollouts at policy.temperature 0.5, each of at most
                 rl.max_turns 3 new turns; each answer but one at the limit gets a feedback picture
-            R_i = 0 if malformed, else max(1 if correct else 0, 0.1 + 0.9 r_i); a correct one loses
-                reward.revision 0.05 for each revision. r_i in [0, 1] is the gain: section 3
+            R_i = 0 if malformed; 1 if correct, less reward.revision 0.05 for each revision; else
+                (0.1 + 0.9 r_i) / 2, where r_i in [0, 1] is how far the answers have come: section 3
             A_i = R_i - mean of the other G - 1 rewards    (REINFORCE with a baseline)
             fresh rollouts only: k ~ U{1..T} of the T turns; turns before k leave the loss (each
                 rollout draws its k)
         one Adam step (rl.lr 1e-4) on  - 1/(32 G) sum_i A_i sum of log pi over tokens in the loss
-        D.append(each fresh rollout up to its first shown wrong answer; if none, its last shown one)
+        D.append(each fresh rollout up to its first shown wrong answer; if none, its last shown one;
+            a roll-in's up to its first new wrong answer, if that is its buffer.depth 2nd at most)
+        D.append(each wrong state that was taken, unless all of its rollouts mended it)
 
 A *rollout* is a sampled episode. A *roll-in* is one that goes on from a stored state: the turns of
 the state are given, and no loss trains them. All other rollouts are *fresh*.
@@ -384,34 +386,36 @@ def reward(task, episode, *, reflection, bonus, cost, worse, revision):
     """R of an episode, given answers included. The numbers are the settings `reward`.
 
         malformed, or the turn limit without FINAL:  R = 0
-        else                                         R = max(R_answer, R_refl) - late
-        R_answer = 1 if the last answer is correct, else 0
-        R_refl   = 0.1 + 0.9 r  [+ bonus r if correct]  - cost turns
-        r        = clip(sum_t w(p_(t+1) - p_t), 0, 1),   w(d) = d if d >= 0 else worse * d
-        late     = revision (answers - 1) if correct, else 0
+        the last answer is wrong:                    R = max(0, R_refl) / 2
+        it is correct:                               R = max(1, R_refl) - late
+        R_refl = 0.1 + 0.9 r  [+ bonus r if correct]  - cost turns
+        r      = clip(sum_t w(p_(t+1) - p_t), 0, 1),   w(d) = d if d >= 0 else worse * d
+        late   = min(revision (answers - 1), 0.4)
 
     p_t is `task.progress` of answer t. Given turns and the FINAL count as turns too. Plain RL
-    (reflection no) has R = R_answer. Defaults in grounding: bonus 0, cost 0, worse 1; in
+    (reflection no) has 1 if correct, else 0. Defaults in grounding: bonus 0, cost 0, worse 1; in
     navigation: bonus 0.2, cost 0.05, worse 0.5; in both: revision 0.05.
 
     Example, grounding: p = 0.2 and then correct earns 1 - 0.05 = 0.95; p = 0.2 and then p = 0.6,
-    wrong, earns 0.1 + 0.9 * 0.4 = 0.46.
+    wrong, earns (0.1 + 0.9 * 0.4) / 2 = 0.23.
     Example, navigation: a first answer of no progress (p = 0) is revised to a correct one (p = 1).
-    So r = 1, and three turns give R_refl = 0.1 + 0.9 + 0.2 - 3 * 0.05 = 1.05. That is more than
-    R_answer = 1, and R = 1.05 - 0.05 = 1.00, as much as for being correct at once.
+    So r = 1, and three turns give R_refl = 0.1 + 0.9 + 0.2 - 3 * 0.05 = 1.05. That is more than 1,
+    and R = 1.05 - 0.05 = 1.00, as much as for being correct at once.
 
-    `late` is not in the paper (its release takes 0.01). Without it an error that is surely mended
-    is free in grounding, and pays 1.05 in navigation, so that a policy may err on purpose.
+    Two things are not in the paper, which has R = max(1 if correct else 0, R_refl). There an answer
+    just beside the target earns up to 1. Here a wrong episode earns at most 1/2 and a correct one
+    at least 0.6, so that the last small step always pays. And without `late` (0.01 in the paper's
+    release) an error that is surely mended is free in grounding, and pays 1.05 in navigation: a
+    policy may err on purpose.
     """
     if not well_formed(task, episode.all_turns):
         return 0.0
 
-    # R_answer: is the last answer correct?
+    # Is the last answer correct?
     answers = episode.answers
     correct = task.exact(episode.example, answers[-1])
-    r_answer = float(correct)
     if not reflection:
-        return r_answer
+        return float(correct)
 
     # r: how far the answers have come, all in all.
     p = [task.progress(episode.example, answer) for answer in answers]
@@ -423,30 +427,31 @@ def reward(task, episode, *, reflection, bonus, cost, worse, revision):
 
     # R_refl, and what a correct answer loses for coming late.
     r_refl = 0.1 + 0.9 * r - cost * len(episode.all_turns)
-    late = 0.0
-    if correct:
-        r_refl += bonus * r
-        late = revision * (len(answers) - 1)
-    return max(r_answer, r_refl) - late
+    if not correct:
+        return max(0.0, r_refl) / 2
+    late = min(revision * (len(answers) - 1), 0.4)
+    return max(1.0, r_refl + bonus * r) - late
 
 # ==================== 4. Buffer ===================================================================
 # Past answers to start roll-ins from. Plain RL rarely sees a correction: late in training nearly
-# all first answers are correct. A buffer of states keeps the failures of the past at hand.
-def state_of(task, episode, store):
-    """The state that a fresh episode leaves in the buffer, or None.
+# all first answers are correct. A buffer of states keeps the failures of the past at hand. What is
+# practised should vary and should not run out. So a wrong state comes again until it is mended, and
+# roll-ins leave states of their own.
+def state_of(task, episode, store, depth):
+    """The state that a rollout leaves in the buffer, or None.
 
     A state is (example id, ids of each turn, whether the last answer is correct). It ends where
     the policy had seen the feedback to an answer, and had to commit or correct.
-    store=drawn, the default: after the first wrong answer that got feedback, or else after the
+    store=drawn, the default: after the first new wrong answer that got feedback, or else after the
     last one that did. store=committed, as in the paper: before the FINAL.
         wrong, correct, FINAL    drawn: (wrong)      committed: (wrong, correct)
         correct, FINAL           drawn: (correct)    committed: (correct)
         wrong, no FINAL          drawn: (wrong)      committed: None
+    depth: a roll-in leaves a wrong state alone, and only one of at most so many answers. With more
+    of them few other answers are left to try.
+        given wrong; wrong, correct, FINAL    depth 2: (wrong, wrong)    depth 1 or 0: None
     """
-    if episode.given:  # a roll-in leaves none: states would grow from states
-        return None
-
-    # The turns that got feedback. They stand at the front, since an episode ends without any.
+    # The new turns that got feedback. They stand at the front: an episode ends without any.
     shown = [turn for turn in episode.turns if turn.picture is not None]
     if not shown:
         return None
@@ -458,16 +463,31 @@ def state_of(task, episode, store):
         return None
     if store == "drawn" and False in verdicts:
         length = verdicts.index(False) + 1
-    ids = [turn.ids for turn in shown[:length]]
-    return episode.example["id"], ids, verdicts[length - 1]
+    correct = verdicts[length - 1]
+    ids = [turn.ids for turn in [*episode.given, *shown[:length]]]
+    if episode.given and (correct or len(ids) > depth):
+        return None
+    return episode.example["id"], ids, correct
+
+def states_of(task, group, store, depth):
+    """The states that the rollouts of one start leave. The state that they started from is among
+    them if it is a wrong one and not all of them have mended it: it will be practised again."""
+    states = [state_of(task, rollout, store, depth) for rollout in group]
+    first = group[0]
+    if first.given:
+        mended = [task.exact(rollout.example, rollout.answers[-1]) for rollout in group]
+        wrong = not task.exact(first.example, first.given[-1].answer)
+        if wrong and not all(mended):
+            ids = [turn.ids for turn in first.given]
+            states.append((first.example["id"], ids, False))
+    return [state for state in states if state is not None]
 
 class Buffer:
     """Two queues of states: `wrong` ones to correct, and `correct` ones, to practise stopping too.
 
     correct_share: the share of correct states, of the `size` places and of what is taken. One
     queue for both would fill up with correct states as the policy gets better. First in, first
-    out: a state is taken once, or it falls out when its queue is full. Rollouts that are equal
-    leave equal states, each of which counts.
+    out: a state falls out when its queue is full.
     """
     def __init__(self, size, correct_share):
         places = round(size * correct_share)
@@ -476,9 +496,12 @@ class Buffer:
         self.wrong = deque(maxlen=size - places)
 
     def add(self, state):
+        """Put a state at the end of its queue, unless it is there. Equal rollouts leave equal
+        states, and the queue would fill with them."""
         _, _, correct = state
         queue = self.correct if correct else self.wrong
-        queue.append(state)
+        if state not in queue:
+            queue.append(state)
 
     def take(self, rng):
         """The oldest state of one of the queues, or None where that queue is empty."""
@@ -607,13 +630,13 @@ def rl(policy, task, cfg, run):
         names = [f"{seed} {start.start}" for start in starts]
         luck = uniforms(policy, names, samples, most)
         episodes = play(policy, task, starts, samples, most, luck, training=True)
+        groups = [episodes[n : n + samples] for n in range(0, len(episodes), samples)]
         run.lap("sampling")
 
         # 3. Rewards, the advantage of each rollout within its group, and prefix masking.
         for episode in episodes:
             episode.reward = reward(task, episode, **vars(cfg.reward))
-        for first in range(0, len(episodes), samples):
-            group = episodes[first : first + samples]
+        for group in groups:
             rewards = torch.tensor([[rollout.reward for rollout in group]])
             advantage = advantages(rewards, settings.std_norm)[0]
             weights = turn_weights(group, settings.mask, seed)
@@ -643,10 +666,11 @@ def rl(policy, task, cfg, run):
         run.lap("updating")
 
         # 6. States for later roll-ins, and a line in the log.
-        states = [state_of(task, episode, cfg.buffer.store) for episode in episodes]
+        states = []
+        for group in groups:
+            states += states_of(task, group, cfg.buffer.store, cfg.buffer.depth)
         for state in gather(states):
-            if state is not None:
-                buffer.add(state)
+            buffer.add(state)
         outcomes = [outcome(task, episode) for episode in episodes]
         run.log(
             **health(gather(outcomes)),
@@ -1285,22 +1309,24 @@ class Task:
         solution(example, rng)      a correct answer
         mistake(example, rng)       another answer, most often a wrong one
         thought(example, answer)    the words for what the feedback to a wrong answer shows
-    `check`, `same` (a repetition earns nothing) and `say` may be written anew."""
+    `check`, `same` (a repetition earns nothing), `say` and `axes` may be written anew."""
     splits = ("id",)
     empty_final = False  # whether demonstrations commit with <FINAL></FINAL>
 
     def __init__(self, cfg, plan, make):
-        """Make the data, once. plan: a dict of lists: "test_X" and "dev_X" of each split X ("id"
-        first), then "train". For an item (7, "snow"), make(rng, 7, "snow") in data_prep.py gives
-        (record, PIL image). The record, with id, image and size added, is an example."""
+        """Make the data of make.draw, once. plan: a dict of lists: "test_X" and "dev_X" of each
+        split X ("id" first), then "train". For an item (7, "snow"), make(rng, 7, "snow") in
+        data_prep.py gives (record, PIL image). The record, with id, image and size added, is an
+        example."""
         # Other plans, and other code that makes the pictures, get a folder of their own.
         if Path(cfg.data).is_file():
             raise UserError(f"data={cfg.data} is a file: it needs task=points")
         code = data_prep.code_digest(HERE / "data_prep.py")
         self.cfg = cfg
-        self.folder = Path(cfg.data) / f"{cfg.task}-{data_prep.digest_of([plan, code])}"
+        name = data_prep.digest_of([plan, code, cfg.make.draw])
+        self.folder = Path(cfg.data) / f"{cfg.task}-{name}"
         self.splits = [part.removeprefix("test_") for part in plan if part.startswith("test_")]
-        data_prep.make_folder(self.folder, cfg.task, plan, make)
+        data_prep.make_folder(self.folder, cfg.task, plan, make, cfg.make.draw)
 
     def examples(self, split):
         """The examples of "train", or of "dev_X" or "test_X" of a split X."""
@@ -1317,6 +1343,9 @@ class Task:
         """Whether the second answer only repeats the first."""
         return answer == other
 
+    def axes(self, example, before, after):
+        """(bool, bool) for the log: of a revision, whether it is exact along x and y; or None."""
+
     def say(self, answer, last=None):
         """The text that states an answer, so that `parse` reads it."""
         return " ".join(str(part) for part in answer)
@@ -1331,7 +1360,7 @@ class Task:
             <THINK>left 1 up 1</THINK><ANSWER>left 1 up 1</ANSWER>
             <FINAL></FINAL>
         A share sft.multi_share 0.5 has 1 to 4 wrong answers; the others are right at once."""
-        rng = random.Random("demonstrations")
+        rng = random.Random(f"demonstrations {self.cfg.make.draw}")
         found = []
         for example in self.examples("train")[: self.cfg.make.traces]:
             solution, wanted = self.solution(example, rng), 0
@@ -1508,6 +1537,13 @@ class Points(Task):
             return "far"
         return self.move(answer, self.solution(example)) or "here"
 
+    def axes(self, example, before, after):
+        """(x, y): whether a revision meets the middle of the box along each axis, to one unit; None
+        where the feedback did not show the target. For the log."""
+        if self.exact(example, before) or self.thought(example, before) == "far":
+            return None
+        return [abs(said - wanted) <= 1 for said, wanted in zip(after, self.solution(example))]
+
 class OwnPoints(Points):
     """One's own data: `task=points data=FILE`, a JSONL file of {"image", "question", "box"}."""
     def __init__(self, cfg):
@@ -1523,7 +1559,8 @@ class Grounding(Points):
     """The paper's grounding experiment: trained on small tables alone; out of distribution are
     large tables, bar charts, scatter plots, and with points.kind=text inner cells of tables."""
     def __init__(self, cfg):
-        plan = data_prep.figure_plan(cfg.points.kind, cfg.make.train, cfg.make.test)
+        make = cfg.make
+        plan = data_prep.figure_plan(cfg.points.kind, make.train, make.test, make.draw)
         super().__init__(cfg, plan, data_prep.make_figure)
 
 class Navigation(Task):
@@ -1535,7 +1572,8 @@ class Navigation(Task):
             self.cfg, self.folder = cfg, file.parent
             self.splits = data_prep.read_json(file).get("splits", [])
         else:
-            plan = data_prep.navigation_plan(cfg.make.train, cfg.make.test, cfg.nav.cell)
+            make = cfg.make
+            plan = data_prep.navigation_plan(make.train, make.test, cfg.nav.cell, make.draw)
             super().__init__(cfg, plan, data_prep.make_map)
 
     check = staticmethod(data_prep.check_map)
@@ -1727,7 +1765,7 @@ def demonstration(policy, task, example, turns, start):
 def sft(policy, task, cfg, run):
     """Supervised fine-tuning in two stages: `first` teaches first answers on all training pictures,
     `sft` whole demonstrations, make.traces 128 of them."""
-    rng = random.Random("first answers")
+    rng = random.Random(f"first answers {cfg.make.draw}")
     # First answers of all training pictures.
     singles = []
     for example in task.examples("train"):
@@ -1778,9 +1816,11 @@ def sft_stage(stage, steps, data, policy, task, cfg, run):
 # What an episode came to, what is logged of a step, and greedy play on the test splits with probes.
 def outcome(task, episode):
     """What an episode came to, for JSON. correct: of each answer, given ones too; never empty.
-    next: whether the answer after the first is correct."""
-    # An episode without any answer counts as wrong.
+    next: whether the answer after the first is correct. axes: see Task.axes, of each revision."""
     turns, answers = episode.all_turns, episode.answers
+    pairs = itertools.pairwise(answers[max(0, len(episode.given) - 1) :])
+    axes = [task.axes(episode.example, before, after) for before, after in pairs]
+    # An episode without any answer counts as wrong.
     correct = [bool(task.exact(episode.example, answer)) for answer in answers] or [False]
     return {
         "id": episode.example["id"],
@@ -1796,6 +1836,7 @@ def outcome(task, episode):
         "commit": turns[-1].kind == "final",
         "well_formed": well_formed(task, turns),
         "repeats": repeats(task, answers),
+        "axes": axes,
         "given": len(episode.given),
         "turns": len(episode.turns),
         "shown": len(episode.rest[1]),  # how many new turns got feedback
@@ -1813,7 +1854,8 @@ def health(outcomes):
     """Early signs of a collapse, of the rollouts of a step.
 
     commit_wrong: of the wrong answers that got feedback, the share that was then committed.
-    rollins: the share of roll-ins; rollin_...: of those after a wrong state.
+    rollins: the share of roll-ins; rollin_...: of those after a wrong state. exact_x, exact_y: of
+    the revisions that could measure it, the share that is exact along this axis, see Task.axes.
     """
     fresh = [e for e in outcomes if not e["given"]]
     rolled = [e for e in outcomes if e["given"]]
@@ -1826,6 +1868,9 @@ def health(outcomes):
     figures["rollins"] = len(rolled) / len(outcomes)
     figures["rollin_repair"] = ratio([e["final"] for e in wrong])
     figures["rollin_commit_wrong"] = ratio(at_once)
+    measured = [axes for e in outcomes for axes in e["axes"] if axes]
+    figures["exact_x"] = ratio([x for x, _ in measured])
+    figures["exact_y"] = ratio([y for _, y in measured])
     figures["commit_wrong"] = len(committed) / shown_wrong if shown_wrong else None
     return figures
 
@@ -2286,7 +2331,8 @@ SFT_CHARTS = {"loss, nats a token": "loss", "gradient norm": "grad_norm"}
 CHARTS = {"first": SFT_CHARTS, "sft": SFT_CHARTS, "rl": {
     "reward": "reward", "accuracy, sampled": "first final", "commits": "commit",
     "commits of wrong answers": "commit_wrong rollin_commit_wrong",
-    "repair after a wrong state": "rollin_repair", "turns": "turns", "entropy": "entropy",
+    "repair after a wrong state": "rollin_repair", "exact revisions": "exact_x exact_y",
+    "turns": "turns", "entropy": "entropy",
     "well-formed, repeats": "well_formed repeats", "states": "wrong_states correct_states",
     "shares: kept, roll-ins": "kept rollins", "gradient norm": "grad_norm", "KL": "kl",
     "off policy": "off_policy"}}

@@ -65,7 +65,8 @@ def build(seed):
 
 def navigation_talk(rng, pictures):
     """A conversation, [(image, question, answer), ...]: the cells of a map, and paths on it."""
-    size, look = rng.choice((3, 4, 5, 6, 7)), rng.choice((*data_prep.LOOKS, *data_prep.MIXES))
+    mixes = [data_prep.random_mix(rng, 0) for _ in range(40)]
+    size, look = rng.choice((3, 4, 5, 6, 7)), rng.choice((*data_prep.LOOKS, *mixes))
     holes, cells = round(rng.uniform(0, 0.45) * (size * size - 2)), ["F"] * (size * size)
     for kind, at in zip("SG" + "H" * holes, rng.sample(range(size * size), holes + 2)):
         cells[at] = kind

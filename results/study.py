@@ -6,8 +6,8 @@
 
 The first runs every method with every seed and writes study_TASK.json beside this file. The second
 runs plain RL and VRRL after SFT of each of STRENGTHS and writes when_TASK.json. Other words are
-settings of all runs; a method's own win over them. name=X stands in the names of files: a study of
-other settings needs one. The same command goes on where it was stopped; a second shares the work.
+settings of all runs; a method's own win over them. Seed n has data of its own, make.draw=n. name=X
+stands in the names of files: a study of other settings needs one. The same command goes on where it was stopped; a second shares the work.
 """
 import contextlib, json, sys, tempfile, time
 from itertools import product
@@ -27,7 +27,8 @@ OPTIONS = "seeds=", "methods=", "name="
 EARLY = 5  # RL steps in which the policy is still nearly the SFT model
 PROBES = "other_picture", "blank", "hidden"
 T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
-LOGGED = "commit_wrong", "rollin_commit_wrong", "first", "final", "turns"
+LOGGED = ("commit_wrong", "rollin_commit_wrong", "first", "final", "turns", "rollin_repair",
+          "wrong_states", "exact_x", "exact_y", "entropy", "kept")
 
 class Study:
     """A cell of a study is (strength, method, seed); strength: of STRENGTHS, () without `when`."""
@@ -50,7 +51,7 @@ class Study:
             raise UserError(f"methods= takes some of: {' '.join(self.own)}")
         varied = {key for method in methods for key in self.own[method] if key.startswith("sft.")}
         varied |= {"methods", *SFT_STEPS} if self.when else set()
-        varied |= {"seed", "method", "mode", "run", "eval.probes"}
+        varied |= {"seed", "make.draw", "method", "mode", "run", "eval.probes"}
         for key in varied & self.given:
             raise UserError(f"{key}= is set by the study, or by a method of it: leave it out")
         count = options.get("seeds", "3" if self.when else "5")
@@ -76,7 +77,7 @@ class Study:
         undone = [(key, value) for key, value in self.own[method].items() if key in self.given]
         undone = [f"{key}={value}" for key, value in (*undone, *zip(SFT_STEPS, strength))]
         return ["eval.probes=yes", *self.words, *undone,
-                f"method={method}", f"seed={seed}", f"run={self.folder(cell)}"]
+                f"method={method}", f"seed={seed}", f"make.draw={seed}", f"run={self.folder(cell)}"]
 
     def done(self):  # also cells that are not asked for now
         return [cell for cell in product(self.strengths, self.methods, range(100))
@@ -133,7 +134,7 @@ class Study:
         """What made the figures. seconds: of the process that ended the cell."""
         settings, lines = {}, []
         keys = "seconds", "device", "torch", "transformers", "workers"
-        varied = "seed", "method", "run", "program", *(SFT_STEPS if self.when else ())
+        varied = "seed", "make.draw", "method", "run", "program", *(SFT_STEPS if self.when else ())
         for cell in cells:
             made = self.settings(cell)
             about = json.loads((self.folder(cell) / "results.json").read_text())["about"]
@@ -190,29 +191,32 @@ def seed_difference(new, old, key, against=None, samples=2000):
 
     new, old: rows of two methods, paired by seed, split and question; or of one, where `against`
     is another key. Seeds weigh the same, and so do splits. A resample takes seeds with replacement,
-    and questions of each split, the same for all seeds.
+    and questions of each split and seed: each seed has questions of its own.
     """
-    rng, gaps, of_split = np.random.default_rng(0), {}, []
-    for row in new:
-        for other in pick(old, seed=row["seed"], split=row["split"]):
-            pairs = zip(row[f"{key}_by_question"], other[f"{against or key}_by_question"])
-            gap = [np.nan if "-" in pair else int(pair[0]) - int(pair[1]) for pair in pairs]
-            gaps.setdefault(row["split"], []).append(gap)
+    rng = np.random.default_rng(0)
 
     def counts(n):  # how often each of n is taken, (1 + samples, n); in the first line once
         return np.concatenate((np.ones((1, n)), rng.multinomial(n, [1 / n] * n, samples)))
 
-    seeds = counts(len({row["seed"] for row in new} & {row["seed"] for row in old}) or 1)
-    for gap in map(np.array, gaps.values()):  # (seeds, questions)
-        questions = counts(gap.shape[1])
-        counted = questions @ ~np.isnan(gap).T  # (1 + samples, seeds)
-        means = questions @ np.nan_to_num(gap).T / np.maximum(counted, 1)
-        weights = seeds * (counted > 0)
-        total = np.ma.masked_equal(weights.sum(1), 0)
-        of_split.append((weights * means).sum(1) / total)
-    found = 100 * np.ma.stack(of_split).mean(0) if gaps else [np.ma.masked]
-    if found[0] is np.ma.masked:
+    # {split: {seed: means of its resamples, (1 + samples,)}}
+    means = {}
+    for row in new:
+        for other in pick(old, seed=row["seed"], split=row["split"]):
+            pairs = zip(row[f"{key}_by_question"], other[f"{against or key}_by_question"])
+            gap = np.array([int(a) - int(b) for a, b in pairs if "-" not in (a, b)])
+            if len(gap):
+                taken = counts(len(gap))
+                means.setdefault(row["split"], {})[row["seed"]] = taken @ gap / len(gap)
+    if not means:
         return ()
+    seeds = sorted(set().union(*means.values()))
+    weights = dict(zip(seeds, counts(len(seeds)).T))
+    of_split = []
+    for by_seed in means.values():
+        total = sum(weights[seed] for seed in by_seed)
+        weighted = sum(weights[seed] * values for seed, values in by_seed.items())
+        of_split.append(np.ma.masked_invalid(weighted / np.ma.masked_equal(total, 0)))
+    found = 100 * np.ma.stack(of_split).mean(0)
     return (found[0], *np.percentile(found[1:].compressed(), [2.5, 97.5]))
 
 def t_interval(gaps):
