@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 GPU = "VRRL_TEST_GPU" in os.environ
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["WORLD_SIZE"] = ""
+os.environ["WORLD_SIZE"] = "2"  # as another program may have left it; torchrun sets more
+os.environ.pop("RANK", None)
 if not GPU:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import numpy as np
-import pytest, torch, transformers, yaml
+import pytest, tokenizers, torch, transformers, yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -1310,6 +1311,27 @@ def test_the_same_command_prints_the_table_and_other_settings_are_refused(capsys
     assert "rl.lr=" in line and "now 0.01" in line and str(whole()) in line
     assert contents(whole().parent) == before  # neither trains
 
+def test_a_table_that_was_lost_is_written_again(tmp_path):
+    folder = copy_of_whole(tmp_path)
+    table = (folder / "report.md").read_bytes()
+    (folder / "report.md").unlink()
+    vrrl.main(words_of(folder))
+    assert (folder / "report.md").read_bytes() == table
+
+def test_a_run_goes_on_with_other_sizes_of_batches_and_notes_them(tmp_path):
+    words, smaller = words_of(tmp_path / "run"), ["policy.micro=7", "policy.rows=20"]
+    process = start("-c", HURRY, *words)
+    while not (tmp_path / "run" / "rl.checkpoint").exists():
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    vrrl.main([*words, *smaller])
+    notes = (tmp_path / "run" / "changes.txt").read_text()
+    assert all(word in notes for word in smaller)
+    assert len([*tmp_path.glob("sft-*")]) == 1  # SFT was not begun anew
+    for line, other in zip(lines_of(tmp_path / "run"), lines_of(whole()), strict=True):
+        assert line["reward"] == pytest.approx(other["reward"], abs=1e-4)
+
 # A clock 1000 times as fast: checkpoints come after milliseconds. A background job ignores Ctrl-C.
 HURRY = """
 import signal, sys, time
@@ -1456,7 +1478,8 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(what, tmp_path, fails
     seed=three           | 0 to 1000000
     rl.steps=1.5         | a whole number
     rl.rho=1.01          | 0 to 1
-    rl.lr=nan            | 0 to 1
+    rl.lr=nan            | 1e-12 to 1
+    rl.max_turns=1       | 2 to 64
     rl.std_norm=maybe    | yes, no
     method=none          | sft
     points.question=find | text {question}
@@ -1475,9 +1498,21 @@ def test_a_wrong_word_of_settings_is_one_clear_line(fails, word, said):
     [1, 2]         | not a table
     rl: {stepz: 3} | nearest: rl.steps
     seed: ÿ        | seed=
+    rl: {rho: 1}; seed: 2; rl: {steps: 3} | line 3: 'rl' is there for the second time
+    rl: {steps: 3, steps: 4}       | line 1: 'steps'
+    rl: {steps: 3}; rl.steps: 3    | rl.steps is given twice
+    seed:                          | seed=None
+    seed: yes                      | seed=True
+    seed: 3.0                      | a whole number
+    rl:                            | unknown setting 'rl'
+    points.reply:                  | points.reply=None
+    policy.system: yes             | policy.system=True
+    run: 2026-01-01                | run=2026
+    rl.std_norm: 3                 | rl.std_norm=3
+    rl.mask: no                    | rl.mask=False
 """))
 def test_a_wrong_file_of_settings_is_one_clear_line(fails, tmp_path, text, said):
-    (tmp_path / "my.yaml").write_text(text)
+    (tmp_path / "my.yaml").write_text(text.replace("; ", "\n"))
     assert said in fails(vrrl.main, [str(tmp_path / "my.yaml")])
 
 def without(name):
@@ -1503,6 +1538,18 @@ def thinking(folder):
     file = folder / "chat_template.jinja"
     file.write_text(file.read_text().replace("assistant\n{%", "assistant\n<think>{%"))
 
+def rewritten(old, new):
+    def change(folder):
+        text = (folder / "chat_template.jinja").read_text()
+        assert old in text
+        (folder / "chat_template.jinja").write_text(text.replace(old, new))
+    return change
+
+def sliding(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["layer_types"] = 3 * ["full_attention"] + ["sliding_attention"]
+    (folder / "config.json").write_text(json.dumps(config))
+
 def more_words(folder):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"word{n}" for n in range(99)])
@@ -1514,7 +1561,7 @@ def adapters_alone(folder):
 @parametrize("change, said", [
     (without("model.safetensors"), "model"),
     (without("tokenizer.json"), "token"),
-    (without("preprocessor_config.json"), "preprocessor"),
+    (without("preprocessor_config.json"), "image processor"),
     (without("config.json"), "config.json"),
     (without_a_tensor, "lack 1 tensors"),
     (not_finite, "is not finite"),
@@ -1522,6 +1569,10 @@ def adapters_alone(folder):
     (changed("preprocessor_config.json", patch_size=14), "(14, 2, 2) in its image processor"),
     (changed("preprocessor_config.json", merge_size=1), "(8, 1, 2) in its image processor"),
     (thinking, "opens a turn otherwise"),
+    (rewritten("<|im_end|>", " find <|im_end|>"), "no special token"),
+    (rewritten("<|image_pad|>", "<|video_pad|>"), "image token"),
+    (rewritten("<|image_pad|>", "{{ 'image' / 2 }}"), "cannot be loaded"),
+    (sliding, "other than full attention"),
     (more_words, "words, its embedding"),
     (adapters_alone, "adapters alone")])
 def test_models_with_lost_or_unfit_parts_are_refused_in_one_line(fails, tmp_path, change, said):
@@ -1530,6 +1581,18 @@ def test_models_with_lost_or_unfit_parts_are_refused_in_one_line(fails, tmp_path
     word = f"model={tmp_path / 'model'}"
     line = fails(vrrl.main, words_of(tmp_path / "run", word, "mode=eval"))
     assert word in line and said in line
+
+def test_tokens_that_are_special_in_one_list_alone_cannot_be_sampled(tmp_path):
+    shutil.copytree(folder_of("embedded"), tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    word = next(word for word in tokenizer.get_vocab() if word.isalpha())
+    number = tokenizer.convert_tokens_to_ids(word)
+    token = tokenizers.AddedToken(word, special=True)
+    tokenizer.add_tokens([token], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert number not in tokenizer.all_special_ids
+    policy = vrrl.load_policy(str(tmp_path / "model"), settings())
+    assert policy.banned[number]
 
 @parametrize("text", ["find <|im_end|>", "<|image_pad|>", "find \ue000"])
 def test_texts_with_tokens_of_the_models_own_are_refused_where_they_stand(fails, tmp_path, text):
@@ -1542,8 +1605,12 @@ def test_texts_with_tokens_of_the_models_own_are_refused_where_they_stand(fails,
 def test_what_cannot_be_written_or_said_is_one_clear_line(fails, tmp_path):
     (tmp_path / "file").write_text("in the way")
     data = f"data={tmp_path / 'file' / 'data'}"
-    for folder, word, said in (("file/run", "seed=0", str(tmp_path)), ("b", data, str(tmp_path)),
-                               ("c", "points.reply=lookout", "lookout")):  # the model lacks it
+    for folder, word, said in (
+            ("file/run", "seed=0", str(tmp_path)),
+            ("b", data, str(tmp_path)),
+            ("c", "points.reply=lookout", "lookout"),  # the model lacks it
+            ("d", f"points.reply={'find ' * 5000}", "tokens; the model can read 4096"),
+            ("e", "policy.max_new=4", "policy.max_new=4: '<")):
         assert said in fails(vrrl.main, words_of(tmp_path / folder, word))
     with data_prep.lock(tmp_path / "a"):
         assert "in use" in fails(vrrl.main, words_of(tmp_path / "a"))
@@ -1555,6 +1622,41 @@ def test_where_memory_runs_out_a_line_says_what_to_lower(fails, error):
     def run():
         raise error
     assert "policy.rows" in fails(run)
+
+def test_a_message_is_a_short_line_that_promises_no_checkpoint_where_there_is_none(
+        fails, tmp_path, monkeypatch):
+    def run():
+        raise data_prep.UserError(f"{'A' * 400_000} is no file")
+    monkeypatch.setattr(vrrl.Run, "has_checkpoint", False)
+    assert len(fails(run)) <= 300
+    for word in ("task=points", "task=points data=none.jsonl", f"task=points data={tmp_path}"):
+        line = fails(vrrl.main, words_of(tmp_path / "run", *word.split()))
+        assert "checkpoint" not in line and len(line) < 300
+    six_steps(tmp_path / "run", upto=2)
+    assert fails(run).endswith("goes on from the last checkpoint")
+
+@parametrize("split", ["dev", "test"])
+def test_a_question_of_any_split_that_the_model_cannot_read_is_refused(fails, tmp_path, split):
+    words = words_of(tmp_path / "run", f"data={tmp_path / 'data'}", f"eval.splits={split}")
+    task = vrrl.Grounding(settings(*words))
+    file = task.folder / f"{split}_bars.jsonl"
+    file.write_text(file.read_text().replace('"question": "', '"question": "zebra ', 1))
+    assert "zebra" in fails(vrrl.main, words)
+
+@parametrize("well_formed, final, said", rows("""
+    0.05 | 0   | malformed
+    1    | 1   | correct
+    1    | 0   | wrong
+    1    | 0.5 | temperature
+"""))
+def test_ten_steps_that_teach_nothing_are_explained_once(
+        tmp_path, capsys, well_formed, final, said):
+    run, optimizer = vrrl.Run(tmp_path, {"a": 1}), vrrl.AdamW(policy_of())
+    figures = {"well_formed": float(well_formed), "final": float(final)}
+    for step in run.steps("rl", 40, optimizer):
+        run.log(**figures, skipped=int(step > 12))  # from step 13 on
+        printed = capsys.readouterr().err
+        assert ("warning" in printed) == (step == 22) == (said in printed)
 
 # ==================== Bad input: one's own data ===================================================
 GOOD = {"image": "picture1.png", "question": "find the red", "box": [1, 2, 13, 14]}

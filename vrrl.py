@@ -48,7 +48,7 @@ reader may skip Part II; whoever changes something finds the place in README.md.
 --help` lists all settings.
 """
 import contextlib, dataclasses, datetime, difflib, functools, hashlib, inspect, itertools
-import json, math, os, platform, random, re, shutil, sys, time, types
+import json, math, os, platform, random, re, shutil, sys, textwrap, time, types
 from collections import Counter, deque, namedtuple
 from pathlib import Path
 
@@ -596,7 +596,7 @@ def rl(policy, task, cfg, run):
 
     run: the folder that keeps log and checkpoints; a run that was stopped goes on from the last
     one. With several workers each plays a share of the starts, and gradients are summed; alone,
-    `share` and `gather` hand back what they are given. Returns how many updates were made.
+    `share` and `gather` hand back what they are given.
     """
     settings = cfg.rl
     samples = settings.samples  # G
@@ -681,7 +681,6 @@ def rl(policy, task, cfg, run):
             grad_norm=norm,
             lr=rate,
         )
-    return optimizer.steps.item()
 
 # ############################### Part II: what the method stands on ###############################
 
@@ -846,7 +845,7 @@ class Policy:
         # Only plain tokens and the end of a turn can be sampled. A sampled image placeholder would
         # shift the positions of all that follows; ids beyond the tokenizer's have no text.
         vocabulary = model.get_output_embeddings().weight.shape[0]
-        banned = {*tokenizer.all_special_ids, self.image_id, *range(len(tokenizer), vocabulary)}
+        banned = {*special_tokens(tokenizer), self.image_id, *range(len(tokenizer), vocabulary)}
         self.banned = torch.zeros(vocabulary, dtype=torch.bool, device=self.device)
         self.banned[sorted(banned - {self.end_id})] = True
 
@@ -876,15 +875,16 @@ class Policy:
 
     def make_prompt(self, question, reply):
         def text(words):
-            check_text(self.tokenizer, f"{words!r}", words)
+            check_text(self.tokenizer, f"the text {words[:80]!r}", words)
             return {"type": "text", "text": words}
 
         def message(role, *content):
             return {"role": role, "content": content}
 
         def write(messages):
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True)
+            with cannot_load(self.cfg.model):
+                return self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=True)
 
         # One conversation with all that the user can say, MARK being the policy's turn.
         image, system = {"type": "image"}, self.cfg.policy.system
@@ -893,12 +893,18 @@ class Policy:
         mark = {"type": "text", "text": MARK}
         said = [message("assistant", mark), message("user", image, text(reply))]
         # Written down, it has to begin as it does when the policy is about to speak.
-        before, after = write(asked + said).split(MARK)
+        before, _, after = write(asked + said).partition(MARK)
         if before != write(asked):
             raise UserError(f"model={self.cfg.model}: its chat template opens a turn otherwise "
                             "than it writes one down, as those of thinking models do")
         # The first token behind the policy's words is the one that ends a turn.
         before, after = self.tokenizer([before, after], add_special_tokens=False)["input_ids"]
+        if not before.count(self.image_id) == after.count(self.image_id) == 1:
+            raise UserError(f"model={self.cfg.model}: its chat template does not write the model's "
+                            f"image token, {self.image_id}, once for a picture")
+        if after[0] not in special_tokens(self.tokenizer):
+            raise UserError(f"model={self.cfg.model}: its chat template ends a turn with "
+                            f"{self.tokenizer.decode(after[:1])!r}, which is no special token")
         return Prompt(before, after[0], after[1:])
 
     def place(self, ids, picture):
@@ -1159,6 +1165,8 @@ def cannot_load(source):
     """What goes wrong inside of this becomes one line that names the model."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # half a download, another architecture: many kinds
         line = (str(error) or repr(error)).splitlines()[0]
         raise UserError(f"model={source} cannot be loaded: {line}") from None
@@ -1167,19 +1175,34 @@ def cannot_load(source):
 def load_parts(source):
     """(tokenizer, image processor). The processor's class needs no torchvision."""
     with cannot_load(source):
+        config = transformers.AutoConfig.from_pretrained(source).get_text_config()
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer.model_max_length = config.max_position_embeddings
         if "image" not in str(tokenizer.chat_template):  # some releases keep it for the processor
             file = transformers.utils.cached_file(source, "chat_template.json")
             tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
         return tokenizer, qwen_images.Qwen2VLImageProcessorPil.from_pretrained(source)
 
+def special_tokens(tokenizer):
+    """{id: text} of the tokens that are no text: ends of turns, pictures. Not all of them are in
+    the tokenizer's own list."""
+    tokens = tokenizer.added_tokens_decoder.items()
+    special = {number: str(token) for number, token in tokens if token.special}
+    return special | dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens))
+
 def check_text(tokenizer, name, text):
-    """UserError if a text holds what the tokenizer would take for a special token."""
+    """UserError if the model cannot read a text as it is meant."""
     # Such a token in a text would start or end a turn, or stand for a picture.
-    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    for token in [*special, MARK]:
+    for token in [*special_tokens(tokenizer).values(), MARK]:
         if token in text:
             raise UserError(f"{name} holds {token!r}, which means something else to the model")
+    # Words that the tokenizer lacks would all look the same.
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if tokenizer.unk_token_id in ids:
+        raise UserError(f"{name}: the model's tokenizer does not have all words of {text!r}")
+    if len(ids) >= tokenizer.model_max_length:
+        raise UserError(f"{name} has {len(ids)} tokens; the model can read "
+                        f"{tokenizer.model_max_length} in all")
 
 def check_parts(name, model, tokenizer, processor, missing):
     """UserError if the parts of a model would give nonsense together: the library would make up
@@ -1189,7 +1212,9 @@ def check_parts(name, model, tokenizer, processor, missing):
     sizes = (vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size)
     other = (processor.patch_size, processor.merge_size, processor.temporal_patch_size)
     broken = [n for n, weight in model.named_parameters() if not torch.isfinite(weight).all()]
+    kinds = getattr(model.config.get_text_config(), "layer_types", None) or []
     for fault, text in (
+            ({*kinds} - {"full_attention"}, f"it has layers of other than full attention: {kinds}"),
             (missing, f"its files lack {len(missing)} tensors, such as {missing[:1]}"),
             (sizes != other, f"patch, merge and frames are {sizes} in the model, {other} in its "
                              "image processor"),
@@ -1773,18 +1798,20 @@ def sft(policy, task, cfg, run):
         singles.append((example, [(text, "")]))
     # Whole episodes, with corrections in some of them.
     traces = task.demonstrations()
-    check_words(policy, task, singles + traces)
+    check_turns(policy, singles + traces)
     sft_stage("first", cfg.sft.first_steps, singles, policy, task, cfg, run)
     sft_stage("sft", cfg.sft.steps, traces, policy, task, cfg, run)
 
-def check_words(policy, task, data):
-    """UserError if the tokenizer lacks words: they would all look the same."""
-    texts = set()
-    for example, turns in data:
-        texts.update(task.question(example), [taught + context for taught, context in turns])
+def check_turns(policy, data):
+    """UserError if the policy could not say all that it is to be taught."""
+    texts = {taught + context for _, turns in data for taught, context in turns}
+    most = policy.cfg.policy.max_new
     for text in sorted(texts):
-        if policy.tokenizer.unk_token_id in policy.encode(text):
+        ids = policy.encode(text)
+        if policy.tokenizer.unk_token_id in ids:
             raise UserError(f"the model's tokenizer does not have all words of {text!r}")
+        if len(ids) >= most:
+            raise UserError(f"policy.max_new={most}: {text!r} and its end take {len(ids) + 1}")
 
 def sft_stage(stage, steps, data, policy, task, cfg, run):
     """Minimise the mean of -log pi(taught token), at policy.temperature."""
@@ -2052,10 +2079,22 @@ def read_words(words):
             raise UserError(f"'{word}' is not key=value, nor a YAML file; for example: seed=3")
     return given
 
+class Once(yaml.SafeLoader):
+    """YAML takes the last of two lines for one key. This refuses both."""
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name = str(key.value)
+            if name in seen:
+                line = key.start_mark.line + 1
+                raise yaml.YAMLError(f"line {line}: '{name}' is there for the second time")
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
 def read_yaml(file):
     """The table that a YAML file holds. UserError if it cannot be read."""
     try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8-sig"))
+        found = yaml.load(Path(file).read_text(encoding="utf-8-sig"), Once)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"{file}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
     if isinstance(found, dict):
@@ -2067,7 +2106,10 @@ def flatten(values, before=""):
     flat = {}
     for key, value in values.items():
         key = f"{before}{key}"
-        flat |= flatten(value, key + ".") if isinstance(value, dict) else {key: value}
+        part = flatten(value, key + ".") if isinstance(value, dict) else {key: value}
+        for twice in flat.keys() & part.keys():  # rl: {steps: 3} and rl.steps: 4
+            raise UserError(f"{twice} is given twice in one file")
+        flat |= part
     return flat
 
 def check_value(key, value, table):
@@ -2084,7 +2126,8 @@ def check_value(key, value, table):
         found = {"yes": True, "true": True, "no": False, "false": False}.get(text.lower())
     elif kind is str:
         is_text, _, part = allowed.partition(" ")
-        if text in allowed.split("|") or is_text == "text" and part in text:
+        fits = text in allowed.split("|") or is_text == "text" and part in text
+        if fits and value == text:  # YAML makes True of yes, and None of nothing
             found = text
     else:
         low, high = allowed.split("..")
@@ -2102,8 +2145,9 @@ def check_value(key, value, table):
 # Workers are processes that hold the same model and a share of the questions each; `torchrun`
 # starts them. They meet in `gather`, and where AdamW sums their gradients. Worker 0 alone prints
 # and writes. Another number of workers is another run: sums round otherwise.
-WORKERS = int(os.environ.get("WORLD_SIZE") or 1)
-RANK = int(os.environ.get("RANK") or 0) if WORKERS > 1 else 0
+STARTED = {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()  # by torchrun
+WORKERS = int(os.environ["WORLD_SIZE"]) if STARTED else 1
+RANK = int(os.environ["RANK"]) if STARTED else 0
 
 def share(items):
     """This worker's part of a list: a slice. Of ten items, worker 1 of 3 has items 3 to 5."""
@@ -2134,14 +2178,21 @@ def written_whole(path):
         with contextlib.suppress(OSError):
             os.remove(temporary)
 
+# These change how a sum is rounded, and nothing else. So a run may go on with other values, as when
+# memory ran out; its changes.txt then says so.
+ROUNDING = "policy.rows", "policy.micro"
+
 class Run:
     """The folder of a run: settings.yaml, metrics.jsonl, checkpoints, and at the end the report. A
     run that was stopped goes on with the same command, to the same bytes."""
+    has_checkpoint = False  # whether some run of this process has one
+
     def __init__(self, folder, flat, wait=False):
         """Lock the folder. UserError if it holds checkpoints or results of other settings, program,
         model or data. A setting that is newer than the run counts as its default."""
         self.folder, self.began = Path(folder), time.time()
         self.metrics = self.folder / "metrics.jsonl"
+        self.idle = 0
         if RANK == 0:
             self.lock = data_prep.lock(self.folder, wait)
             self.check_settings(flat)
@@ -2156,9 +2207,13 @@ class Run:
             return
         before = read_config()[1] | read_yaml(self.folder / "settings.yaml")
         for key, value in flat.items():
-            if before.get(key) != value and key not in ("run", "data", "mode"):
+            if before.get(key) == value or key in ("run", "data", "mode"):
+                continue
+            if key not in ROUNDING:
                 raise UserError(f"{self.folder} holds a run with {key}={before.get(key)}, now "
                                 f"{value} (files: digests): give run=ANOTHER_NAME or remove it")
+            with open(self.folder / "changes.txt", "a") as out:
+                out.write(f"{datetime.datetime.now():%F %T} {key}={value}\n")
 
     def log(self, **figures):
         """A line of metrics.jsonl, with what `lap` has timed. The bar shows some of it."""
@@ -2169,6 +2224,10 @@ class Run:
                 value = float(f"{value:.6g}") if math.isfinite(value) else None
             line[key] = value
         self.bar.set_postfix({key: line[key] for key in SHOWN if key in line}, refresh=False)
+        # Steps that teach nothing, in a row: after ten of them it is time to say why.
+        self.idle = self.idle + 1 if line.get("skipped") else 0
+        if self.idle == 10:
+            tqdm.write(f"warning: {why_equal(line)}", sys.stderr)
         if RANK == 0:
             with open(self.metrics, "a") as out:
                 out.write(json.dumps(line) + "\n")
@@ -2204,6 +2263,7 @@ class Run:
         states = [*buffer.wrong, *buffer.correct] if buffer else []
         with written_whole(self.checkpoint) as temporary:
             torch.save((self.step, optimizer.state(), states), temporary)
+        Run.has_checkpoint = True
 
     def load(self, optimizer, buffer):
         """Restore the stage's last checkpoint and cut the log back to it. Its step, or 0."""
@@ -2215,6 +2275,7 @@ class Run:
             except Exception:  # many kinds
                 raise UserError(f"{self.checkpoint} is damaged: remove it, and the stage begins "
                                 "anew") from None
+            Run.has_checkpoint = True
         for name, tensor in tensors.items():
             optimizer.state()[name].copy_(tensor)
         for state in states:
@@ -2239,6 +2300,17 @@ class Run:
         write_file(self.folder / "results.json", json.dumps({**content, "about": about}, indent=1))
         for stage in CHARTS:
             (self.folder / f"{stage}.checkpoint").unlink(missing_ok=True)
+
+def why_equal(figures):
+    """Why the rollouts of a start have equal rewards, from the figures of a step."""
+    start = "ten steps without an update, since the rollouts of each start earn the same: "
+    if figures["well_formed"] < 0.1:
+        return start + "nearly all are malformed; more SFT or a larger policy.max_new may help"
+    if figures["final"] > 0.9:
+        return start + "nearly all are correct; the pictures are too easy to learn more from them"
+    if figures["final"] < 0.1:
+        return start + "nearly all are wrong; raise sft.first_steps"
+    return start + "raise policy.temperature"
 
 def fingerprint(cfg):
     """What a result depends on beside the settings: the contents of program, model and data."""
@@ -2278,7 +2350,8 @@ def sft_model(words, task, parent, files):
     cfg, flat = read_config(words)
     # All settings decide, but for those that act after SFT.
     others = "method", "profile", "mode", "run", "data", "rl", "reward", "buffer", "eval"
-    decides = {key: value for key, value in flat.items() if key.split(".")[0] not in others}
+    decides = {key: value for key, value in flat.items()
+               if key.split(".")[0] not in others and key not in ROUNDING}
     decides |= files
     decides["program"] = program_of(["sft", "load_policy", type(task).__name__])
     run = Run(parent / f"sft-{data_prep.digest_of(decides)}", decides, wait=True)
@@ -2300,8 +2373,9 @@ def evaluate_base(cfg, task, folder):
 
 def train(cfg, words, task, run, files):
     """SFT, RL, evaluation. A stage of 0 steps does nothing."""
-    if (run.folder / "results.json").is_file():
-        print((run.folder / "report.md").read_text())
+    results = run.folder / "results.json"
+    if results.is_file():
+        write_table(run, data_prep.read_json(results)["rows"])
         return
     parent = run.folder.parent
     # The model that all methods are compared with, and the one that this method starts from.
@@ -2313,9 +2387,7 @@ def train(cfg, words, task, run, files):
         if cfg.rl.kl and not cfg.policy.lora:
             # The KL term's reference is a second copy; with adapters it is this one without.
             policy.reference = load_policy(sft_folder / "model", cfg)
-        if not rl(policy, task, cfg, run):
-            print("warning: RL changed no weight: in no step did the rollouts of a start differ in "
-                  "their rewards", file=sys.stderr)
+        rl(policy, task, cfg, run)
         if name == "sft":
             name = "sft + RL"
     own, _, played = evaluate(policy, task, cfg, fixed, f"evaluate {name}")
@@ -2356,15 +2428,34 @@ def report(run, task, models, played, *folders):
             "verdicts": ["", *verdicts],
         })
     data_prep.film_strip(run.folder / "episodes.png", strips, run.folder.name)
-    # The table: a row for each model and split.
     rows = [{"method": name, **row} for name, of_split in models.items() for row in of_split]
+    write_table(run, rows)
+    run.finish(rows=rows)
+
+def write_table(run, rows):
+    """report.md: a row for each model and split, and for the means out of distribution."""
     columns = COLUMNS
     if "once_hidden" in rows[0]:
         columns = COLUMNS + PROBE_COLUMNS
+    models = {}
+    for row in rows:
+        models.setdefault(row["method"], []).append(row)
     table = data_prep.table(models, columns)
     write_file(run.folder / "report.md", table + "\n")
-    run.finish(rows=rows)
     print(table)
+
+def check_questions(task, cfg):
+    """UserError if the model cannot read a question of a split that will be used."""
+    tokenizer, _ = load_parts(source_of(cfg.model))
+    splits = [f"{cfg.eval.splits}_{split}" for split in task.splits]
+    if cfg.mode == "train":
+        splits.append("train")
+    texts = set()
+    for split in splits:
+        for example in task.examples(split):
+            texts.update(task.question(example))
+    for text in sorted(texts):
+        check_text(tokenizer, f"the text {text[:80]!r}", text)
 
 def main(words):
     """The whole of `python vrrl.py WORDS`."""
@@ -2373,7 +2464,7 @@ def main(words):
         print((HERE / "config.yaml").read_text())
         return
     cfg, flat = read_config(words)
-    source_of(cfg.model)  # what is wrong with it is said before any work
+    load_parts(source_of(cfg.model))  # what is wrong with it is said before any work
     # Workers exchange lists on the CPU and gradients on their device. SFT of another run may be
     # awaited, so that they wait long.
     if WORKERS > 1:
@@ -2389,7 +2480,9 @@ def main(words):
         parts.append(cfg.profile)
     folder = cfg.run or "runs/" + "-".join(parts)
     print(f"run folder: {folder}")
-    task, files = TASKS[cfg.task](cfg), fingerprint(cfg)
+    task = TASKS[cfg.task](cfg)
+    check_questions(task, cfg)
+    files = fingerprint(cfg)
     run = Run(folder, flat | files)
     if cfg.mode == "train":
         train(cfg, words, task, run, files)
@@ -2408,15 +2501,17 @@ def run_main(function, words):
             dist.destroy_process_group()
         return
     except KeyboardInterrupt:
-        message, code = "stopped; the same command goes on from the last checkpoint", 130
-    except UserError as error:
+        message, code = "stopped", 130
+    except (UserError, OSError) as error:  # OSError: not allowed, or a full disk
         message = f"error: {error}"
-    except OSError as error:  # not allowed, or a full disk
-        message = f"error: {error}: the same command goes on from the last checkpoint"
     except (RuntimeError, MemoryError) as error:
         if "memory" not in f"{error!r}".lower():
             raise
-        message = "error: out of memory: lower policy.rows, policy.micro or policy.max_new"
+        message = ("error: out of memory: lower policy.rows (while it samples) or policy.micro "
+                   "(while it updates)")
+    message = textwrap.shorten(message, 300)
+    if Run.has_checkpoint:
+        message += "; the same command goes on from the last checkpoint"
     if RANK > 0:  # worker 0 may say the same, and then it ends this process
         time.sleep(3)
     print(message, file=sys.stderr)
