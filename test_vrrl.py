@@ -1302,6 +1302,39 @@ def test_the_model_that_a_run_leaves_has_the_runs_figures(tmp_path):
         for figure in "split final commit turns first_by_question final_by_question".split():
             assert row[figure] == again[figure]
 
+def test_two_models_are_compared_on_the_wrong_answers_of_the_first(tmp_path):
+    words = "mode=eval", f"model={whole()}", f"eval.against={taught()}"
+    vrrl.main(words_of(tmp_path / "eval", *words))
+    rows = rows_of(tmp_path / "eval")
+    first, second = rows[:4], rows[4:]
+    assert [row["method"] for row in rows] == 4 * [str(taught())] + 4 * [str(whole())]
+    for row, other in zip(first, second, strict=True):
+        asked = [bit != "-" for bit in row["repair_fixed_by_question"]]
+        assert asked == [bit != "-" for bit in other["repair_fixed_by_question"]]
+
+@parametrize("words, said, pictures", [
+    (["seed=4"], ["question: find the red", "turn 1: "], 1),
+    (["say=12 7"], ["turn 1: <ANSWER> 12 7 </ANSWER>"], 2),
+    (["say=12 7", "probe=blank"], ["turn 1: "], 2),
+    (["picture=PICTURE", "question=the red", "say=3 4"], ["question: the red", "turn 1: "], 2)])
+def test_ask_plays_one_episode_and_paints_it(tmp_path, capsys, monkeypatch, words, said, pictures):
+    Image.new("RGB", (120, 90), "red").save(tmp_path / "my.png")
+    words = [word.replace("PICTURE", str(tmp_path / "my.png")) for word in words]
+    strips = calls_of(monkeypatch, data_prep, "film_strip")
+    model = f"model={taught()}"
+    vrrl.main(words_of(tmp_path / "ask", "mode=ask", model, *words))
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in said)
+    assert (tmp_path / "ask" / "ask.png").is_file()
+    ((_, [row], *_), _), = strips
+    assert len(row["images"]) >= pictures
+    if "probe=blank" in words:
+        assert row["images"][1].getcolors() == [(row["images"][1].size[0] ** 2, (128, 128, 128))]
+
+def test_ask_refuses_what_is_no_answer(fails, tmp_path):
+    line = fails(vrrl.main, words_of(tmp_path / "ask", "mode=ask", "say=up there"))
+    assert "say=up there is no answer; one would be say=" in line
+
 def test_the_same_command_prints_the_table_and_other_settings_are_refused(capsys, fails):
     before = contents(whole().parent)
     capsys.readouterr()

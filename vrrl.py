@@ -2417,20 +2417,22 @@ def report(run, task, models, played, *folders):
     # Up to six episodes, out of distribution first; repairs come before all others.
     pool = [e for split in reversed(task.splits) for e in played[split] if e["answers"]]
     pool.sort(key=lambda e: e["first"] >= e["final"])
-    strips = []
-    for e in pool[:6]:
-        shown = [task.feedback(e["example"], answer) for answer in e["answers"]]
-        verdicts = ["right" if correct else "wrong" for correct in e["correct"]]
-        strips.append({
-            "label": f"{e['id']}   last turn: {e['last']}",
-            "captions": [task.question(e["example"])[0], *e["said"]],
-            "images": [task.image(e["example"]), *shown],
-            "verdicts": ["", *verdicts],
-        })
+    strips = [strip(task, e) for e in pool[:6]]
     data_prep.film_strip(run.folder / "episodes.png", strips, run.folder.name)
     rows = [{"method": name, **row} for name, of_split in models.items() for row in of_split]
     write_table(run, rows)
     run.finish(rows=rows)
+
+def strip(task, e):
+    """The pictures of an episode, from its outcome: a row for data_prep.film_strip."""
+    shown = [task.feedback(e["example"], answer) for answer in e["answers"]]
+    verdicts = ["right" if correct else "wrong" for correct in e["correct"]]
+    return {
+        "label": f"{e['id']}   last turn: {e['last']}",
+        "captions": [task.question(e["example"])[0], *e["said"]],
+        "images": [task.image(e["example"]), *shown],
+        "verdicts": ["", *verdicts[: len(shown)]],
+    }
 
 def write_table(run, rows):
     """report.md: a row for each model and split, and for the means out of distribution."""
@@ -2443,6 +2445,47 @@ def write_table(run, rows):
     table = data_prep.table(models, columns)
     write_file(run.folder / "report.md", table + "\n")
     print(table)
+
+def ask(task, cfg, folder):
+    """mode=ask: one greedy episode before your eyes. Prints its turns, and paints ask.png.
+
+    `seed` says which question of the task; `picture` and `question` give one of your own. `say` is
+    a first answer that you put into the policy's mouth, and `probe` what it is shown then."""
+    examples = []
+    for split in reversed(task.splits):  # out of distribution first
+        examples += task.examples(f"{cfg.eval.splits}_{split}")
+    example = examples[cfg.seed % len(examples)]
+    if cfg.picture:  # no answer is correct: nobody has said where the target is
+        size = list(data_prep.load_image(cfg.picture).size)
+        example = {"id": cfg.picture, "image": Path(cfg.picture).resolve(), "size": size,
+                   "question": cfg.question, "box": [0, 0, 0, 0], "within": 0}
+
+    # The first answer, from you.
+    case, changes = [example], {}
+    if cfg.say:
+        if task.parse(cfg.say) is None:
+            known = task.say(task.solution(examples[0], random.Random(0)))
+            raise UserError(f"say={cfg.say} is no answer; one would be say=\"{known}\"")
+        case.append(f"<ANSWER>{cfg.say}</ANSWER>")
+        others = [(e, case[1]) for e in [example, *examples]]
+        changes = {"none": {}, **probes(task, others)}[cfg.probe]
+    policy = load_policy(cfg.model, cfg)
+    episode, = play_greedy(policy, task, [case], cfg.eval.max_turns, **changes)
+
+    # What was said, and what was shown after it.
+    row = strip(task, episode)
+    if "feedback" in changes:
+        row["images"][1] = changes["feedback"](example, episode["answers"][0])
+    if cfg.picture:
+        row["verdicts"] = [""] * len(row["images"])
+    print(f"question: {task.question(example)[0]}")
+    for number, text in enumerate(episode["said"], 1):
+        print(f"turn {number}: {text}   {row['verdicts'][number]}")
+    if [episode["last"]] != episode["said"][-1:]:
+        print(f"last turn: {episode['last']}")
+    folder.mkdir(parents=True, exist_ok=True)
+    data_prep.film_strip(folder / "ask.png", [row], f"{cfg.model} {cfg.say}")
+    print(f"pictures: {folder / 'ask.png'}")
 
 def check_questions(task, cfg):
     """UserError if the model cannot read a question of a split that will be used."""
@@ -2474,22 +2517,29 @@ def main(words):
             sys.stdout = open(os.devnull, "w")
     # The folder of the run, unless `run` names it.
     parts = [cfg.task, cfg.method, f"seed{cfg.seed}"]
-    if cfg.mode == "eval":
-        parts = ["eval", cfg.task, *Path(cfg.model).parts[-2:]]
+    if cfg.mode != "train":
+        parts = [cfg.mode, cfg.task, *Path(cfg.model).parts[-2:]]
     if cfg.profile != "default":
         parts.append(cfg.profile)
-    folder = cfg.run or "runs/" + "-".join(parts)
+    folder = Path(cfg.run or "runs/" + "-".join(parts))
     print(f"run folder: {folder}")
     task = TASKS[cfg.task](cfg)
     check_questions(task, cfg)
+    if cfg.mode == "ask":
+        ask(task, cfg, folder)
+        return
     files = fingerprint(cfg)
     run = Run(folder, flat | files)
     if cfg.mode == "train":
         train(cfg, words, task, run, files)
         return
-    rows, _, played = evaluate(load_policy(cfg.model, cfg), task, cfg)
+    # Another model comes first: it says which wrong answers both are to repair.
+    models, fixed = {}, None
+    for name in filter(None, [cfg.eval.against, cfg.model]):
+        policy = load_policy(name, cfg)
+        models[name], fixed, played = evaluate(policy, task, cfg, fixed, f"evaluate {name}")
     if RANK == 0:
-        report(run, task, {cfg.model: rows}, played)
+        report(run, task, models, played)
 
 def run_main(function, words):
     """What the user can mend becomes one line and exit code 2."""
