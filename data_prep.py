@@ -846,7 +846,9 @@ def _check_image(image, is_deep):
     if unclear:
         raise ValueError("unclear which value is white or transparent: save it in 8 bits")
 
-cached_image = functools.lru_cache(maxsize=256)(load_image)  # do not paint on what it returns
+# Do not paint on what it returns. 40 images of 4096 x 4096 pixels take 2 GB; small ones are read
+# again in no time.
+cached_image = functools.lru_cache(maxsize=40)(load_image)
 
 def find_file(folder, name):
     """The path of a file inside a resolved folder, or None. UserError if the name leads out."""
@@ -985,9 +987,10 @@ def _make_new(rng, make, arguments, taken, name):
             taken.add(known)
             return record, image
 
-def own_examples(file, check_text):
+def own_examples(file, check_text, quiet=False):
     """{"train", "dev_id", "test_id": examples} of one's own JSONL of "image", "question", "box".
-    check_text(name, text) raises UserError where the model cannot read a question."""
+    check_text(name, text) raises UserError where the model cannot read a question. quiet: without a
+    progress bar."""
     parts = {"train": [], "dev_id": [], "test_id": []}
 
     def take(record):
@@ -1002,8 +1005,11 @@ def own_examples(file, check_text):
         tenth = hashlib.sha256(image.tobytes()).digest()[0] % 10
         part = {0: "dev_id", 1: "test_id"}.get(tenth, "train")
         parts[part].append(example)
+        bar.update()
 
-    read_examples(file, take)
+    lines = Path(file).read_bytes().count(b"\n") + 1
+    with tqdm(total=lines, desc="read pictures", unit="line", disable=quiet) as bar:
+        read_examples(file, take)
     if not all(parts.values()):
         raise UserError(f"{file}: too few images to divide them 8:1:1 by their contents; add some")
     return parts

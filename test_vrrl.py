@@ -627,6 +627,21 @@ def test_sft_teaches_first_answers_then_demonstrations_by_mean_log_prob(tmp_path
     assert lines[5]["loss"] < 0.7 * lines[0]["loss"]
     assert lines[5]["lr"] == pytest.approx(0.0004)
 
+def test_demonstrations_too_large_to_be_kept_are_made_again_the_same(tmp_path, monkeypatch):
+    cfg, task = settings(), made("grounding", "sft.multi_share=0.8")
+    data, logs = task.demonstrations()[:10], []
+    calls = calls_of(monkeypatch, vrrl, "demonstration")
+    pixels = 10 * 96 * 96
+    for kept, count in ((pixels + 1, 10), (pixels, 24)):  # of three batches of eight
+        monkeypatch.setattr(vrrl, "KEPT", kept)
+        run, policy = vrrl.Run(tmp_path / str(kept), {}), vrrl.load_policy(taught(), cfg)
+        calls.clear()
+        vrrl.sft_stage("sft", 3, data, policy, task, cfg, run)
+        assert len(calls) == count
+        logs.append(untimed(run.folder))
+    for line, other in zip(*logs, strict=True):
+        assert line == pytest.approx(other, abs=1e-4)
+
 @parametrize("kind", KINDS)
 def test_adapters_train_alone_and_are_merged_on_save(kind, tmp_path):
     policy, plain = policy_of(kind, "policy.lora=4"), policy_of(kind)
@@ -958,6 +973,31 @@ def test_with_scale_0_an_answer_is_a_pixel_of_the_picture_as_the_model_sees_it()
     assert task.pixel(example, (42, 70)) == (48, 75)
     assert task.exact(example, task.solution(example))
 
+@parametrize("kind, scale", [("embedded", 1000), ("qwen2.5", 0)])
+def test_with_max_pixels_a_photo_is_seen_small_and_its_crops_are_cut_from_it_whole(
+        kind, scale, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 100, (300, 400, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    words = f"model={folder_of(kind)}", "policy.max_pixels=20000", f"points.scale={scale}"
+    task, policy = bare("points", *words), vrrl.load_policy(folder_of(kind), settings(*words))
+    task.folder = tmp_path
+    photo = {"image": "photo.png", "question": "find", "within": 0, "size": [400, 300],
+             "box": [160, 180, 240, 220]}
+    start = vrrl.begin(policy, task, photo)
+    _, down, across = start.question_picture.patch_grid
+    side = policy.processor.patch_size
+    assert 12_000 < down * across * side ** 2 <= 20_000
+    assert start.question_ids.count(policy.image_id) == down * across / 4
+    assert task.ends(photo) == ((1000, 1000) if scale else (across * side, down * side))
+    answer = task.solution(photo)
+    x, y = map(round, task.pixel(photo, answer))
+    assert task.exact(photo, answer) and math.dist((x, y), (200, 200)) < 3
+    crop = np.asarray(task.feedback(photo, answer))
+    assert (crop[:12] == pixels[y - 24 : y - 12, x - 24 : x + 24]).all()  # a pixel is a pixel
+    policy.save(tmp_path / "saved")  # a saved model keeps to it
+    again = vrrl.load_policy(tmp_path / "saved", settings())
+    assert vrrl.begin(again, task, photo).question_ids == start.question_ids
+
 def test_a_crop_shows_its_point_in_the_centre_of_a_ring_and_grey_beyond_the_edge():
     pixels = np.random.default_rng(0).integers(0, 100, (60, 90, 3), dtype=np.uint8)
     page = np.pad(pixels, ((24, 24), (24, 24), (0, 0)), constant_values=128)
@@ -1162,6 +1202,10 @@ def test_figures_hold_their_target_and_are_made_again_the_same(kind, tmp_path):
             assert red[y0:y1, x0:x1].sum() == red.sum() > 0.5 * (x1 - x0) * (y1 - y0)
             alike = ((far >= 70) & (far <= 110)).any()
             assert alike == (not example["id"].startswith(("train", "test_id", "dev_id")))
+
+def test_images_that_are_kept_take_at_most_2_gigabytes():
+    """Of the largest that are taken, see test_an_image_that_is_huge."""
+    assert data_prep.cached_image.cache_info().maxsize * 4096 * 4096 * 3 < 2.1e9
 
 def test_no_picture_is_in_two_places(tmp_path):
     def paint(rng):  # of just twelve
@@ -1654,7 +1698,8 @@ def test_what_cannot_be_written_or_said_is_one_clear_line(fails, tmp_path):
 def test_where_memory_runs_out_a_line_says_what_to_lower(fails, error):
     def run():
         raise error
-    assert "policy.rows" in fails(run)
+    line = fails(run)
+    assert "policy.rows" in line and "policy.max_pixels" in line
 
 def test_a_message_is_a_short_line_that_promises_no_checkpoint_where_there_is_none(
         fails, tmp_path, monkeypatch):
@@ -1727,6 +1772,10 @@ def own(folder, *more, count=24, size=(40, 30), box=(4, 5, 21, 25.5)):
 def test_a_bad_line_of_ones_own_data_is_named_by_file_and_line(fails, tmp_path, line, reason):
     said = fails(own, tmp_path, json.loads(line))
     assert f"{tmp_path / 'my.jsonl'}:2:" in said and reason in said
+
+def test_a_bar_shows_how_far_ones_own_data_is_read(tmp_path, capsys):
+    own(tmp_path, {"id": "one more"})
+    assert "read pictures: 100%" in capsys.readouterr().err
 
 def test_ones_own_data_is_divided_by_image_and_goes_through_a_run(tmp_path):
     twins = [{"image": f"picture{n}.bmp", "box": [0, 0, 9, 9]} for n in range(24)]

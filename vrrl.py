@@ -1172,8 +1172,9 @@ def cannot_load(source):
         raise UserError(f"model={source} cannot be loaded: {line}") from None
 
 @functools.lru_cache
-def load_parts(source):
-    """(tokenizer, image processor). The processor's class needs no torchvision."""
+def load_parts(source, max_pixels):
+    """(tokenizer, image processor). The processor's class needs no torchvision. max_pixels: see
+    policy.max_pixels; a model that is saved keeps it."""
     with cannot_load(source):
         config = transformers.AutoConfig.from_pretrained(source).get_text_config()
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -1181,7 +1182,10 @@ def load_parts(source):
         if "image" not in str(tokenizer.chat_template):  # some releases keep it for the processor
             file = transformers.utils.cached_file(source, "chat_template.json")
             tokenizer.chat_template = json.loads(Path(file).read_text())["chat_template"]
-        return tokenizer, qwen_images.Qwen2VLImageProcessorPil.from_pretrained(source)
+        processor = qwen_images.Qwen2VLImageProcessorPil.from_pretrained(source)
+        if max_pixels:
+            processor.size["longest_edge"] = max_pixels
+        return tokenizer, processor
 
 def special_tokens(tokenizer):
     """{id: text} of the tokens that are no text: ends of turns, pictures. Not all of them are in
@@ -1249,7 +1253,7 @@ def load_policy(name, cfg):
             raise ValueError(f"it is a {kind}, and this program knows qwen3_vl and qwen2_5_vl")
         model, about = transformers.AutoModelForImageTextToText.from_pretrained(
             source, dtype=dtype, attn_implementation="sdpa", output_loading_info=True)
-    tokenizer, processor = load_parts(source)
+    tokenizer, processor = load_parts(source, cfg.policy.max_pixels)
     check_parts(name, model, tokenizer, processor, sorted(about["missing_keys"]))
     if not is_large(model):
         # It has too little work for two threads: while they wait for each other they spin, and
@@ -1488,7 +1492,7 @@ class Points(Task):
         scale = self.cfg.points.scale
         if scale:
             return scale, scale
-        _, processor = load_parts(source_of(self.cfg.model))
+        _, processor = load_parts(source_of(self.cfg.model), self.cfg.policy.max_pixels)
         return size_seen(example["size"], processor)
 
     def pixel(self, example, answer):
@@ -1572,9 +1576,10 @@ class Points(Task):
 class OwnPoints(Points):
     """One's own data: `task=points data=FILE`, a JSONL file of {"image", "question", "box"}."""
     def __init__(self, cfg):
-        tokenizer, _ = load_parts(source_of(cfg.model))
+        tokenizer, _ = load_parts(source_of(cfg.model), cfg.policy.max_pixels)
         self.cfg, self.folder = cfg, Path(cfg.data).parent
-        self.own = data_prep.own_examples(cfg.data, functools.partial(check_text, tokenizer))
+        check = functools.partial(check_text, tokenizer)
+        self.own = data_prep.own_examples(cfg.data, check, quiet=RANK > 0)
 
     def examples(self, split):
         """One's own examples, divided 8:1:1 by their pictures."""
@@ -1813,17 +1818,23 @@ def check_turns(policy, data):
         if len(ids) >= most:
             raise UserError(f"policy.max_new={most}: {text!r} and its end take {len(ids) + 1}")
 
+KEPT = 700_000_000  # pixels of demonstrations that are kept: 2 GB
+
 def sft_stage(stage, steps, data, policy, task, cfg, run):
     """Minimise the mean of -log pi(taught token), at policy.temperature."""
     optimizer = AdamW(policy)
-    made = {}  # a demonstration is made once
+
+    def make(number):
+        return demonstration(policy, task, *data[number], number)
+
+    # Each is made once, or again each time where all together would take much memory.
+    pixels = sum(math.prod(example["size"]) for example, _ in data)
+    if pixels < KEPT:
+        make = functools.cache(make)
     for step in run.steps(stage, steps, optimizer):
         # The demonstrations of this step.
-        batch = []
-        for number in share(batch_of(range(len(data)), cfg.sft.batch, step, cfg.seed)):
-            if number not in made:
-                made[number] = demonstration(policy, task, *data[number], number)
-            batch.append(made[number])
+        numbers = share(batch_of(range(len(data)), cfg.sft.batch, step, cfg.seed))
+        batch = [make(number) for number in numbers]
         # The mean over the taught tokens of all workers.
         tokens = sum(gather([len(episode.actions) for episode in batch]))
         total = 0.0
@@ -2489,7 +2500,7 @@ def ask(task, cfg, folder):
 
 def check_questions(task, cfg):
     """UserError if the model cannot read a question of a split that will be used."""
-    tokenizer, _ = load_parts(source_of(cfg.model))
+    tokenizer, _ = load_parts(source_of(cfg.model), cfg.policy.max_pixels)
     splits = [f"{cfg.eval.splits}_{split}" for split in task.splits]
     if cfg.mode == "train":
         splits.append("train")
@@ -2507,7 +2518,7 @@ def main(words):
         print((HERE / "config.yaml").read_text())
         return
     cfg, flat = read_config(words)
-    load_parts(source_of(cfg.model))  # what is wrong with it is said before any work
+    load_parts(source_of(cfg.model), cfg.policy.max_pixels)  # what is wrong with it is said before any work
     # Workers exchange lists on the CPU and gradients on their device. SFT of another run may be
     # awaited, so that they wait long.
     if WORKERS > 1:
@@ -2558,7 +2569,7 @@ def run_main(function, words):
         if "memory" not in f"{error!r}".lower():
             raise
         message = ("error: out of memory: lower policy.rows (while it samples) or policy.micro "
-                   "(while it updates)")
+                   "(while it updates); where pictures are large, give policy.max_pixels")
     message = textwrap.shorten(message, 300)
     if Run.has_checkpoint:
         message += "; the same command goes on from the last checkpoint"
