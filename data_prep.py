@@ -988,10 +988,12 @@ def _make_new(rng, make, arguments, taken, name):
             return record, image
 
 def own_examples(file, check_text, quiet=False):
-    """{"train", "dev_id", "test_id": examples} of one's own JSONL of "image", "question", "box".
+    """{"train", "dev_id", "test_id", and "test_X" for each split X of one's own: examples} of a
+    JSONL file of "image", "question", "box" and perhaps "split".
     check_text(name, text) raises UserError where the model cannot read a question. quiet: without a
     progress bar."""
     parts = {"train": [], "dev_id": [], "test_id": []}
+    known = {}  # the part of each picture
 
     def take(record):
         # This runs while a line is read, so that the error names the line. Keys that have a meaning
@@ -1002,17 +1004,29 @@ def own_examples(file, check_text, quiet=False):
         check_figure(example)
         check_text("its question", example["question"])
         # Copies of a picture have the same bytes, and so they are in the same part.
-        tenth = hashlib.sha256(image.tobytes()).digest()[0] % 10
-        part = {0: "dev_id", 1: "test_id"}.get(tenth, "train")
-        parts[part].append(example)
+        picture = hashlib.sha256(image.tobytes()).digest()
+        part = _own_part(record.get("split"), picture)
+        if known.setdefault(picture, part) != part:
+            raise UserError(f"its picture is in {known[picture]} by a line before, and here in "
+                            f'{part}: give all lines of a picture and its copies one "split"')
+        parts.setdefault(part, []).append(example)
         bar.update()
 
     lines = Path(file).read_bytes().count(b"\n") + 1
     with tqdm(total=lines, desc="read pictures", unit="line", disable=quiet) as bar:
         read_examples(file, take)
-    if not all(parts.values()):
-        raise UserError(f"{file}: too few images to divide them 8:1:1 by their contents; add some")
     return parts
+
+def _own_part(split, picture):
+    """The part that a line names: "test_night" for "night". Without a name pictures are divided
+    8:1:1 by their digests."""
+    if split is None:
+        return {0: "dev_id", 1: "test_id"}.get(picture[0] % 10, "train")
+    is_word = isinstance(split, str) and split.isalnum() and split.islower()
+    if not is_word or split in ("id", "val"):
+        raise UserError(f'"split" is {split!r}: give train, dev, test, or the name of a test split '
+                        "of your own, in small letters and digits, not id or val")
+    return {"train": "train", "dev": "dev_id", "test": "test_id"}.get(split, f"test_{split}")
 
 def make_official(data, maps, evals, cell):
     """The authors' maps as a data folder under `data`; returns that folder.

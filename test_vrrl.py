@@ -1739,18 +1739,20 @@ def test_ten_steps_that_teach_nothing_are_explained_once(
 # ==================== Bad input: one's own data ===================================================
 GOOD = {"image": "picture1.png", "question": "find the red", "box": [1, 2, 13, 14]}
 
-def own(folder, *more, count=24, size=(40, 30), box=(4, 5, 21, 25.5)):
-    """One's own data: a JSONL file of pictures, with more lines in second place."""
+def own(folder, *more, count=24, size=(40, 30), box=(4, 5, 21, 25.5), splits=(None,), words=()):
+    """One's own data: a JSONL file of pictures, with more lines in second place. splits: those that
+    the lines name in turn."""
     folder.mkdir(exist_ok=True)
     lines = []
     for n in range(count):
         for kind in ("png", "bmp"):  # one picture in two files
             Image.new("RGB", size, (n, 0, 0)).save(folder / f"picture{n}.{kind}")
-        lines.append({**GOOD, "image": f"picture{n}.png", "box": box})
+        line = {"image": f"picture{n}.png", "box": box, "split": splits[n % len(splits)]}
+        lines.append({**GOOD, **line})
     lines[1:1] = [{**GOOD, **line} for line in more]
     text = "\n".join(map(json.dumps, lines))
     (folder / "my.jsonl").write_text(text, "utf-8-sig")
-    return vrrl.OwnPoints(settings("task=points", f"data={folder / 'my.jsonl'}"))
+    return vrrl.OwnPoints(settings("task=points", f"data={folder / 'my.jsonl'}", *words))
 
 @parametrize("line, reason", rows("""
     {"image": "none.png"}            | none.png
@@ -1768,6 +1770,12 @@ def own(folder, *more, count=24, size=(40, 30), box=(4, 5, 21, 25.5)):
     {"box": [0, 0, 1, 0.5]}          | normalised
     {"box": [-1, 2, 8, 9]}           | leaves its image of 40 x 30
     {"box": [1, 2, 8, 31]}           | 40 x 30
+    {"split": "id"}                  | "split" is 'id'
+    {"split": "val"}                 | "split"
+    {"split": "Train"}               | "split"
+    {"split": "dev_id"}              | "split"
+    {"split": ""}                    | "split"
+    {"split": 1e999}                 | "split"
 """))
 def test_a_bad_line_of_ones_own_data_is_named_by_file_and_line(fails, tmp_path, line, reason):
     said = fails(own, tmp_path, json.loads(line))
@@ -1790,6 +1798,39 @@ def test_ones_own_data_is_divided_by_image_and_goes_through_a_run(tmp_path):
     vrrl.main(words_of(run, "task=points", f"data={tmp_path / 'my.jsonl'}", "rl.steps=0",
                        "points.question={question} the"))
     assert (run / "episodes.png").is_file()
+
+def test_lines_may_name_their_split_and_one_of_ones_own_is_out_of_distribution(tmp_path):
+    splits = "train", "dev", "test", "night", None, "dusk2"
+    task, run = own(tmp_path, splits=splits), tmp_path / "run"
+    assert task.splits == ["id", "night", "dusk2"]
+    plain = own(tmp_path / "plain").own  # without a name lines are divided as ever
+    parts = "train", "dev_id", "test_id", "test_night", None, "test_dusk2"
+    assert {*task.own} == {*parts} - {None}
+    for part, examples in task.own.items():
+        for example in examples:
+            number = int(re.search(r"\d+", example["image"])[0])
+            there = example["image"] in [e["image"] for e in plain.get(part, ())]
+            assert parts[number % 6] == part or number % 6 == 4 and there
+    words = "task=points", f"data={tmp_path / 'my.jsonl'}", "points.question={question} the"
+    vrrl.main(words_of(run, *words, "rl.steps=0"))
+    found = [(row["split"], row["ood"], row["n"]) for row in rows_of(run)[:3]]
+    assert found[0][:2] == ("id", False) and found[1:] == [("night", True, 4), ("dusk2", True, 4)]
+    # Who chooses on dev sees no test picture; and what has no training pictures can be evaluated.
+    assert own(tmp_path, splits=splits, words=["eval.splits=dev"]).splits == ["id"]
+    assert own(tmp_path, splits=["night"], words=["mode=eval"]).splits == ["night"]
+
+@parametrize("splits, words, said", [
+    (["test", "night"], [], "too few pictures for train"),
+    (["train"], [], "too few pictures for train or for test"),
+    (["train", "test", "night"], ["eval.splits=dev"], "or for dev")])
+def test_a_split_without_pictures_is_one_clear_line(fails, tmp_path, splits, words, said):
+    assert said in fails(own, tmp_path, splits=splits, words=words)
+
+def test_a_picture_and_its_copies_are_in_one_split(fails, tmp_path):
+    copy = {"image": "picture3.bmp", "split": "night"}
+    line = fails(own, tmp_path, copy, splits=["train", "test"])
+    assert "my.jsonl:5: its picture is in test_night" in line and "here in test_id" in line
+    own(tmp_path, copy | {"split": "test"}, splits=["train", "test"])
 
 @parametrize("data, changed", [
     ("my.jsonl", "my.jsonl"), ("my.jsonl", "picture3.png"), ("", "picture3.png")])

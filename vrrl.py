@@ -1574,15 +1574,22 @@ class Points(Task):
         return [abs(said - wanted) <= 1 for said, wanted in zip(after, self.solution(example))]
 
 class OwnPoints(Points):
-    """One's own data: `task=points data=FILE`, a JSONL file of {"image", "question", "box"}."""
+    """One's own data: `task=points data=FILE`, a JSONL file of {"image", "question", "box"}. A line
+    with "split": "night" is in test_night, out of distribution; there is no dev_night."""
     def __init__(self, cfg):
         tokenizer, _ = load_parts(source_of(cfg.model), cfg.policy.max_pixels)
         self.cfg, self.folder = cfg, Path(cfg.data).parent
         check = functools.partial(check_text, tokenizer)
         self.own = data_prep.own_examples(cfg.data, check, quiet=RANK > 0)
+        # The rows of the table.
+        wanted, found = f"{cfg.eval.splits}_", [part for part in self.own if self.own[part]]
+        self.splits = [part.removeprefix(wanted) for part in found if part.startswith(wanted)]
+        if not self.splits or "train" not in found and cfg.mode == "train":
+            raise UserError(f"{cfg.data}: too few pictures for train or for {cfg.eval.splits}: add "
+                            'some, or give some lines that "split"')
 
     def examples(self, split):
-        """One's own examples, divided 8:1:1 by their pictures."""
+        """One's own examples of this part."""
         return self.own[split]
 
 class Grounding(Points):
