@@ -2525,7 +2525,8 @@ def main(words):
         print((HERE / "config.yaml").read_text())
         return
     cfg, flat = read_config(words)
-    load_parts(source_of(cfg.model), cfg.policy.max_pixels)  # what is wrong with it is said before any work
+    # What is wrong with the model is said before any work.
+    load_parts(source_of(cfg.model), cfg.policy.max_pixels)
     # Workers exchange lists on the CPU and gradients on their device. SFT of another run may be
     # awaited, so that they wait long.
     if WORKERS > 1:
