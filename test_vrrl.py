@@ -3,7 +3,7 @@
 The models are tiny ones with random weights (`policy_of`), or one of them after some SFT steps
 (`taught`), so that its conversations have several turns. VRRL_TEST_GPU=1 runs them on a GPU."""
 import ast, atexit, contextlib, copy, dataclasses, functools, gc, itertools, json, math, os
-import random, re, resource, shutil, signal, statistics, subprocess, sys, tempfile, time, weakref
+import random, re, resource, shlex, shutil, signal, statistics, subprocess, sys, tempfile, time, weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -2007,6 +2007,27 @@ def test_help_names_every_setting_and_a_mistake_exits_2(capsys):
     assert ended(wrong, 2) == ("", "error: unknown setting 'rl.stepz'; nearest: rl.steps")
     data_prep.main(["--help"])
     assert capsys.readouterr().out.startswith("usage: ")
+
+CLASS = (vrrl.HERE / "assets" / "class.md").read_text()
+SCRIPTS = re.findall(r"```python\n(.*?)```\n```\n(.*?)```", CLASS, re.DOTALL)
+COMMANDS = re.findall(r"^python vrrl.py (.*)$", CLASS, re.MULTILINE)
+
+@parametrize("code, printed", SCRIPTS, ids=range(len(SCRIPTS)))
+def test_the_lines_of_the_class_print_what_it_says(code, printed):
+    found, _ = ended(start("-c", code))
+    assert found == printed
+
+@parametrize("command", COMMANDS)
+def test_the_commands_of_the_class_run(command, tmp_path, capsys):
+    small = """make.train=60 make.test=3 rl.steps=2 rl.questions=4 rl.samples=4
+        eval.max_turns=3 device=cpu""".split()
+    vrrl.main([*shlex.split(command), *small, f"data={HOME / 'data'}", f"run={tmp_path / 'run'}"])
+    expected = "turn 1: " if "mode=ask" in command else "| **mean ood** |"
+    assert expected in capsys.readouterr().out
+
+def test_the_class_edits_lines_that_are_there():
+    assert (vrrl.HERE / "vrrl.py").read_text().count("and not rollout.given") == 2
+    assert len(SCRIPTS) == 3 and len(COMMANDS) == 10
 
 def test_on_windows_it_says_where_it_runs():
     windows = start("-c", "import sys; sys.modules['fcntl'] = None; import data_prep")
