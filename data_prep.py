@@ -1085,10 +1085,10 @@ def _official_map(rng, layout, picture, cell):
     return record | {"box": box}, image
 
 # ==================== 4. Pictures for people ======================================================
-TEXT, FAINT = (40, 44, 52), (120, 126, 136)
-FRAMES = {"right": (0, 158, 115), "wrong": (213, 60, 40), "": (190, 195, 203)}
+TEXT, FAINT, PALE = "#282C34", "#787E88", "#DDE1E6"
+FRAMES = {"right": "#009E73", "wrong": "#D53C28", "": "#BEC3CB"}
 # Okabe and Ito's palette: colour-blind readers too can tell its colours apart.
-PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000", "#968C28"]
+PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#968C28"]
 GAP = 18  # pixels between the pictures of a film strip
 
 def film_strip(path, rows, title="", side=150, most=6):
@@ -1120,83 +1120,90 @@ def film_strip(path, rows, title="", side=150, most=6):
     sheet.crop((0, 0, width, bottom)).save(path)
 
 def line_charts(path, panels, columns=3):
-    """Write line charts of panels [(title, {series name: (xs, ys)}), ...]; None leaves a gap."""
+    """Write line charts of panels [(title, {name: (xs, ys, ys of another run, ...)}), ...].
+    Several runs are their mean, in a pale band from the lowest to the highest. None is a gap."""
     rows = math.ceil(len(panels) / columns)
-    sheet = Image.new("RGB", (columns * 680, rows * 480), "white")
-    draw = ImageDraw.Draw(sheet)
+    sheet = Image.new("RGB", (columns * 340, rows * 240), "white")
     for number, (title, series) in enumerate(panels):
         row, column = divmod(number, columns)
-        _draw_chart(draw, column * 680, row * 480, title, series)
-    # At twice its size a chart is painted without smooth edges; shrinking gives them.
-    half = sheet.width // 2, sheet.height // 2
-    sheet.resize(half, Image.Resampling.LANCZOS).save(path)
+        # At twice its size a chart is painted without smooth edges; shrinking gives them.
+        chart = _draw_chart(title, series).resize((340, 240), Image.Resampling.LANCZOS)
+        sheet.paste(chart, (column * 340, row * 240))
+    sheet.save(path)
 
-def _draw_chart(draw, x, y, title, series):
-    """One chart of 680 x 480 pixels whose upper left corner is (x, y): title, names of the series
-    in their colours, and below a frame (x0, y0, x1, y1) with the lines."""
-    x0, x1 = x + 104, x + 648
-    y1 = y + 424
-    draw.text((x0, y + 14), title, TEXT, font(28))
-    y0 = _draw_legend(draw, x0, y + 52, x + 660, series) + 44
-    # Each is an array (points, 2) of x and y, in which None has become NaN.
-    lines = [np.array(values, dtype=float).T for values in series.values()]
-    points = np.concatenate([np.zeros((0, 2)), *lines])
-    known = points[np.isfinite(points[:, 1])]
-    if not len(known):
-        known = np.zeros((1, 2))
-    low = known.min(0)  # (2,): lowest x and y
-    high = known.max(0)
-    _draw_axes(draw, (x0, y0, x1, y1), low, high)
-    # A chart of one value has no extent; any number will do. y grows upwards, unlike in pictures.
-    extent = np.where(high > low, high - low, 1)
-    scale = (x1 - x0, y0 - y1) / extent
-    for line, colour in zip(lines, cycle(PALETTE)):
-        points = (line - low) * scale + (x0, y1)
-        _draw_line(draw, points, colour)
+def _draw_chart(title, series):
+    """A picture of 680 x 480 pixels: title, names of the series in their colours, and below axes
+    with the lines."""
+    chart = Image.new("RGB", (680, 480), "white")
+    draw = ImageDraw.Draw(chart, "RGBA")  # What is below a colour of eight digits shines through.
+    draw.text((24, 14), title, TEXT, font(26))
+    lines = {}  # Arrays (1 + runs, points) of x and of each run's y; None has become NaN.
+    for name, values in series.items():
+        line = np.array(values, dtype=float)
+        if np.isnan(line[1:]).all():
+            name += ": no values"
+        lines[name] = line
+    top = _draw_legend(draw, lines) + 44
+    # The ticks, and their pixels. y grows upwards, unlike in pictures.
+    xs = _ticks([line[0] for line in lines.values()])
+    ys = _ticks([line[1:] for line in lines.values()])
+    across = np.linspace(104, 636, len(xs))
+    up = np.linspace(424, top, len(ys))
+    # A pale line at each tick, with its number.
+    for value, x in zip(xs, across):
+        draw.line((x, 424, x, top), PALE, 2)
+        draw.text((x, 432), f"{value:g}", FAINT, font(22), anchor="ma")
+    for value, y in zip(ys, up):
+        draw.line((104, y, 636, y), PALE, 2)
+        draw.text((94, y), f"{value:g}", FAINT, font(22), anchor="rm")
+    for line, colour in zip(lines.values(), cycle(PALETTE)):
+        _draw_line(draw, np.interp(line[0], xs, across), np.interp(line[1:], ys, up), colour)
+    return chart
 
-def _draw_legend(draw, left, y, right, names):
-    """Write the names of series from `left` to `right`, in as many lines as they need; returns y
-    of the last line."""
-    x = left
+def _draw_legend(draw, names):
+    """Write the names of series, in as many lines as they need; returns y of the last line."""
+    x, y = 24, 52
     for name, colour in zip(names, cycle(PALETTE)):
         length = font(22).getlength(name)
-        if x > left and x + length > right:
-            x, y = left, y + 26
+        if x > 24 and x + length > 660:
+            x, y = 24, y + 26
         draw.text((x, y), name, colour, font(22))
         x += 24 + length
     return y
 
-def _draw_axes(draw, box, low, high):
-    """A frame with the lowest and the highest x below it, and those of y on its left.
-    low, high: (x, y)."""
-    x0, y0, x1, y1 = box
-    draw.rectangle(box, outline=FRAMES[""], width=2)
+def _ticks(parts):
+    """Round numbers at equal distances that reach over 0 and all values of some arrays, but for
+    NaN: 0, 10, 20, 30, 40 over 37."""
+    values = np.concatenate([[0], *parts], axis=None)
+    low, high = np.nanmin(values), np.nanmax(values)
+    if low == high:
+        high = 1
+    # Of 1, 2, 5, 10, 20, 50 and so on the first that goes this way in five steps.
+    least = (high - low) / 5
+    unit = 10 ** math.floor(math.log10(least))
+    for step in (unit, 2 * unit, 5 * unit, 10 * unit):
+        if step >= least:
+            break
+    return step * np.arange(math.floor(low / step), math.ceil(high / step) + 1)
 
-    def write(x, y, value, anchor):
-        draw.text((x, y), f"{value:.4g}", FAINT, font(22), anchor=anchor)
-
-    write(x0 - 10, y1, low[1], "rm")
-    write(x0 - 10, y0, high[1], "rm")
-    write(x0, y1 + 8, low[0], "la")
-    write(x1, y1 + 8, high[0], "ra")
-
-def _draw_line(draw, points, colour):
-    """A line through points (x, y). A NaN as y leaves a gap; a point between gaps becomes a dot."""
-    run = []
-    for x, y in [*points.tolist(), (0, math.nan)]:  # A last gap ends the last run.
-        if not math.isnan(y):
-            run.append((x, y))
-            continue
-        draw.line(run, colour, 4, joint="curve")
-        if len(run) == 1:
-            draw.circle(run[0], 5, colour)
-        run = []
+def _draw_line(draw, xs, runs, colour):
+    """The mean of runs, an array (runs, points), in a band from the lowest to the highest. Where
+    none has a value there is a gap; a point between gaps becomes a dot."""
+    runs = np.ma.masked_invalid(runs)
+    for part in np.ma.clump_unmasked(runs.mean(0)):  # slices without gaps
+        x, y = xs[part], runs[:, part]
+        band = [*zip(x, y.min(0)), *zip(x[::-1], y.max(0)[::-1])]
+        draw.polygon(band, f"{colour}30")
+        middle = [*zip(x, y.mean(0))]
+        draw.line(middle, colour, 4, joint="curve")
+        if len(middle) == 1:
+            draw.circle(middle[0], 5, colour)
 
 def curves(path, files, charts):
     """Paint the lines of metrics.jsonl files.
     charts: {stage: {title: "figure figure ..."}}. Each title becomes a chart of these figures by
-    step. Figures that are always None are left out. KeyError names a stage that charts lacks or a
-    figure that a line lacks: a new name must not empty its chart silently."""
+    step. KeyError names a stage that charts lacks or a figure that a line lacks: a new name must
+    not empty its chart silently."""
     lines, panels = [], []
     for file in files:
         lines += read_lines(file)
@@ -1207,10 +1214,8 @@ def curves(path, files, charts):
             series = {}
             for name in names.split():
                 values = [line[name] for line in of_stage]
-                if set(values) != {None}:
-                    series[name.replace("_", " ")] = steps, values
-            if series:
-                panels.append((f"{stage}: {title}", series))
+                series[name.replace("_", " ")] = steps, values
+            panels.append((f"{stage}: {title}", series))
     line_charts(path, panels or [("nothing was trained", {})])
 
 def table(models, columns):

@@ -17,12 +17,12 @@ if not GPU:
 
 import numpy as np
 import pytest, tokenizers, torch, transformers, yaml
-from PIL import Image
+from PIL import Image, ImageDraw
 from safetensors.torch import load_file, save_file
 
 import data_prep, vrrl
-sys.path.insert(0, str(vrrl.HERE / "assets"))
-import make_embedded
+sys.path[:0] = [str(vrrl.HERE / "assets"), str(vrrl.HERE / "results")]
+import make_embedded, study
 
 torch.set_num_threads(1)  # the models are tiny: more threads only wait for each other
 parametrize = pytest.mark.parametrize
@@ -1264,6 +1264,69 @@ def test_a_chart_of_a_figure_that_the_log_lacks_is_an_error(tmp_path):
     data_prep.curves(tmp_path / "curves.png", [log], {"rl": {"loss, nats": "loss"}})
     with pytest.raises(KeyError):
         data_prep.curves(tmp_path / "curves.png", [log], {"rl": {"loss, nats": "lost"}})
+
+@parametrize("values, ticks", rows("""
+    3 37          | 0 10 20 30 40
+    40 nan        | 0 10 20 30 40
+    100 58        | 0 20 40 60 80 100
+    7 400         | 0 100 200 300 400
+    0.11 0.3      | 0 0.1 0.2 0.3
+    -7.2 14       | -10 -5 0 5 10 15
+    -0.002        | -0.002 -0.0015 -0.001 -0.0005 0
+    0 nan         | 0 0.2 0.4 0.6 0.8 1
+"""))
+def test_an_axis_has_round_numbers_that_reach_over_0_and_all_values(values, ticks):
+    values, ticks = (np.array(text.split(), float) for text in (values, ticks))
+    assert data_prep._ticks([values]) == pytest.approx(ticks)
+
+def test_several_runs_are_their_mean_in_a_pale_band_and_a_gap_is_of_all_runs():
+    def colours(*runs):  # at the left, between x = 1 and 2: at y = 10, between, 5, between
+        chart = data_prep._draw_chart("", {"a": ([0, 1, 2], *runs)})
+        return [chart.getpixel((330, y)) for y in (97, 200, 260, 320)]
+    white, blue = (255, 255, 255), (0, 114, 178)
+    _, upper, mean, lower = colours([10, 10, 10], [0, 0, 0])
+    assert mean == blue and upper == lower and upper not in (white, blue)
+    assert colours([10, 10, 10], [None] * 3) == [blue, white, white, white]
+    assert colours([None] * 3, [10, 10, 10]) == [blue, white, white, white]
+    assert colours([10, None, 10], [None, None, 0])[1:] == [white] * 3
+
+def test_every_text_of_a_chart_is_whole_and_apart_from_the_others(monkeypatch):
+    boxes, written = [], set()
+    def text(draw, at, words, fill, font, anchor="la"):
+        written.add(words)
+        boxes.append(draw.textbbox(at, words, font, anchor))
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", text)
+    panels = [(f"{stage}: {title}", names.split())
+              for stage, charts in vrrl.CHARTS.items() for title, names in charts.items()]
+    panels += [(title, study.NAMES.values()) for title, _ in
+               [*study.panels({"rows": [], "training": {}}), *study.when_panels({"entries": []})]]
+    panels.append(("seeds", [f"seed {n}" for n in range(20)]))
+    for (title, names), size in itertools.product(panels, (-8e-4, 1, -9e5, 2e7)):
+        boxes.clear()
+        data_prep._draw_chart(title, {name: ([1, 123_456], [None, None]) for name in names} |
+                              {"some": ([1, 600_000], [size, -size / 9])})
+        assert len(boxes) > 9 and written >= {title, "some", *(f"{n}: no values" for n in names)}
+        for x0, y0, x1, y1 in boxes:
+            assert 0 <= x0 < x1 <= 680 and 0 <= y0 < y1 <= 480
+        for one, other in itertools.combinations(boxes, 2):
+            x0, y0 = np.maximum(one[:2], other[:2])
+            x1, y1 = np.minimum(one[2:], other[2:])
+            assert x0 >= x1 or y0 >= y1
+
+def test_a_study_has_a_run_for_each_seed_in_its_charts():
+    found = {"rows": [], "training": {"rl": {}}}
+    for seed, (split, right) in itertools.product((0, 1), enumerate((0.2, 0.4))):
+        after = [right + seed, 1 - right]
+        row = {"method": "rl", "seed": seed, "split": split, "ood": True, "after_turn": after}
+        found["rows"] += [row, row | {"ood": False, "after_turn": [0, 0]}]
+        figures = dict.fromkeys(study.LOGGED) | {"commit_wrong": 0.5 + seed}
+        found["training"]["rl"][str(seed)] = [[step, *figures.values()] for step in (7, 14)]
+    charts = [panel for _, panel in study.panels(found)]
+    expected = [[1, 2], [30, 70], [130, 70]], [[7, 14], [50, 50], [150, 150]]
+    for chart, lines in zip(charts, expected):
+        assert [*chart] == ["plain RL"]
+        assert np.array([*chart["plain RL"]]) == pytest.approx(np.array(lines))
+    assert np.isnan(charts[2]["plain RL"][1:]).all()
 
 def test_all_models_repair_the_same_first_turns():
     policy, task, cfg = policy_of("taught"), made("grounding"), settings("eval.probes=yes")

@@ -25,6 +25,7 @@ STRENGTHS = ((150, 40), (200, 40), (450, 40), (450, 60), (450, 120))
 SFT_STEPS = "sft.first_steps", "sft.steps"  # what the two numbers of a strength are
 OPTIONS = "seeds=", "methods=", "name="
 EARLY = 5  # RL steps in which the policy is still nearly the SFT model
+NAMES = {"vrrl": "VRRL", "rl": "plain RL", "sft": "SFT"}  # in charts, in the order of colours
 PROBES = "other_picture", "blank", "hidden"
 T95 = dict(enumerate((12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262), 2))
 LOGGED = ("commit_wrong", "rollin_commit_wrong", "first", "final", "turns", "rollin_repair",
@@ -280,18 +281,24 @@ def tables(found):
         yield markdown(title, head, lines)
 
 def panels(found):
-    """The charts of study_TASK.json, for data_prep.line_charts. Percent."""
-    after, commits = {}, {}
-    for method in ("vrrl", "rl", "sft"):  # the order of colours
-        right = [row["after_turn"] for row in pick(found["rows"], method=method, ood=True)]
-        if right:
-            after[method] = range(1, len(right[0]) + 1), 100 * np.mean(right, 0)
-        if method in found["training"]:
-            lines = np.array(list(found["training"][method].values()), float)
-            lines = np.ma.masked_invalid(lines).mean(0).filled(np.nan)  # (points, numbers)
-            commits[method] = lines[:, 0], 100 * lines[:, 1]
-    return [("right after so many turns, ood, %", after),
-            ("commits of wrong answers by RL step, %", commits)]
+    """The charts of study_TASK.json, for data_prep.line_charts. Percent; a run for each seed."""
+    right, commits, repairs = {}, {}, {}
+    for method, name in NAMES.items():
+        rows = pick(found["rows"], method=method, ood=True)
+        by_seed = [[row["after_turn"] for row in pick(rows, seed=seed)]
+                   for seed in sorted({row["seed"] for row in rows})]
+        if by_seed:
+            runs = [100 * np.mean(splits, 0) for splits in by_seed]
+            right[name] = range(1, len(runs[0]) + 1), *runs
+        logs = found["training"].get(method)
+        if logs:
+            logs = np.array([*logs.values()], float)  # (seeds, points, step and figures)
+            for chart, figure in ((commits, "commit_wrong"), (repairs, "rollin_repair")):
+                column = 1 + LOGGED.index(figure)
+                chart[name] = logs[0, :, 0], *(100 * logs[:, :, column])
+    return [("right after so many turns, ood, %", right),
+            ("commits of wrong answers by RL step, %", commits),
+            ("repair of roll-ins by RL step, %", repairs)]
 
 def when_tables(found):
     keys, lines = ("right", "mended", "sft", "rl", "vrrl", "gap"), []
@@ -312,7 +319,7 @@ def when_panels(found):
             # The NaN after a value makes a dot of it.
             series.setdefault(f"seed {entry['seed']}", []).extend([(x, y), (x, np.nan)])
         series["mean"] = sorted(tuple(np.mean(part, 0)) for part in at.values())
-        charts.append((f"VRRL - RL, points, by {name}, %",
+        charts.append((f"VRRL minus plain RL, ood, by {name}, %",
                        {name: np.transpose(dots) for name, dots in series.items() if dots}))
     return charts
 
@@ -326,7 +333,7 @@ def main(words):
         raise UserError(f"{study.file}: no such study yet; leave out the word tables")
     found = json.loads(study.file.read_text())
     charts = when_panels(found) if study.when else panels(found)
-    data_prep.line_charts(study.file.with_suffix(".png"), charts, columns=2)
+    data_prep.line_charts(study.file.with_suffix(".png"), charts, len(charts))
     print(*(when_tables(found) if study.when else tables(found)), sep="\n")
     cells = found["about"]["cells"]
     print(f"{len(cells)} runs, {sum(cell['seconds'] for cell in cells) / 3600:.1f} hours; "
