@@ -1085,7 +1085,7 @@ def _official_map(rng, layout, picture, cell):
     return record | {"box": box}, image
 
 # ==================== 4. Pictures for people ======================================================
-TEXT, FAINT, PALE = "#282C34", "#787E88", "#DDE1E6"
+TEXT, FAINT = "#282C34", "#787E88"
 FRAMES = {"right": "#009E73", "wrong": "#D53C28", "": "#BEC3CB"}
 # Okabe and Ito's palette: colour-blind readers too can tell its colours apart.
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#968C28"]
@@ -1096,28 +1096,31 @@ def film_strip(path, rows, title="", side=150, most=6):
     dicts with a "label" and, of one length, "images" [PIL], "captions" [str] and "verdicts"
     ["right", "wrong" or ""]."""
     width = GAP + most * (side + GAP)
-    # Captions have different lengths: the sheet is high enough for all, and is cut in the end.
-    height = 100 + len(rows) * (side + 500)
+    # Texts have different lengths: the sheet is high enough for all, and is cut in the end.
+    height = 500 + len(rows) * (side + 900)
     sheet = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((GAP, 12), title, TEXT, font(18))
-    bottom = 44
+    bottom = 11 + _write_lines(draw, GAP, 12, title, width, 18)
     for row in rows:
-        draw.text((GAP, bottom), row["label"], TEXT, font(14))
-        x, y = GAP, bottom + 24
-        images = row["images"][:most]
-        for image, caption, verdict in zip(images, row["captions"], row["verdicts"]):
+        x, y = GAP, 7 + _write_lines(draw, GAP, bottom, row["label"], width, 14)
+        pictures = zip(row["images"][:most], row["captions"], row["verdicts"])
+        for image, caption, verdict in pictures:
             image = image.convert("RGB")
             image = ImageOps.contain(image, (side, side), Image.Resampling.BOX)
-            framed = ImageOps.expand(image, 3, FRAMES[verdict])
-            sheet.paste(framed, (x - 3, y - 3))
-            below = y + image.height + 4
-            for line in textwrap.wrap(caption[:400], side // 8):
-                draw.text((x, below), line, TEXT, font(13))
-                below += 16
+            sheet.paste(ImageOps.expand(image, 3, FRAMES[verdict]), (x - 3, y - 3))
+            below = _write_lines(draw, x, y + image.height + 4, caption, side, 13)
             bottom = max(bottom, below + GAP)
             x += side + GAP
     sheet.crop((0, 0, width, bottom)).save(path)
+
+def _write_lines(draw, x, y, text, width, size):
+    """Write a text in lines of so many pixels, 24 at most; returns y below them."""
+    # The font has hardly more letters than ASCII; others would all be the same empty box.
+    plain = text.encode("ascii", "backslashreplace").decode()
+    for line in textwrap.wrap(plain, int(1.6 * width / size), max_lines=24):
+        draw.text((x, y), line, TEXT, font(size))
+        y += size + 3
+    return y
 
 def line_charts(path, panels, columns=3):
     """Write line charts of panels [(title, {name: (xs, ys, ys of another run, ...)}), ...].
@@ -1127,7 +1130,7 @@ def line_charts(path, panels, columns=3):
     for number, (title, series) in enumerate(panels):
         row, column = divmod(number, columns)
         # At twice its size a chart is painted without smooth edges; shrinking gives them.
-        chart = _draw_chart(title, series).resize((340, 240), Image.Resampling.LANCZOS)
+        chart = _draw_chart(title, series).reduce(2)
         sheet.paste(chart, (column * 340, row * 240))
     sheet.save(path)
 
@@ -1136,36 +1139,34 @@ def _draw_chart(title, series):
     with the lines."""
     chart = Image.new("RGB", (680, 480), "white")
     draw = ImageDraw.Draw(chart, "RGBA")  # What is below a colour of eight digits shines through.
-    draw.text((24, 14), title, TEXT, font(26))
+    below = _write_lines(draw, 24, 14, title, 640, 26)
     lines = {}  # Arrays (1 + runs, points) of x and of each run's y; None has become NaN.
     for name, values in series.items():
-        line = np.array(values, dtype=float)
+        line = np.array(values, float)
         if np.isnan(line[1:]).all():
             name += ": no values"
         lines[name] = line
-    top = _draw_legend(draw, lines) + 44
+    top = _draw_legend(draw, below + 9, lines) + 44
     # The ticks, and their pixels. y grows upwards, unlike in pictures.
     xs = _ticks([line[0] for line in lines.values()])
     ys = _ticks([line[1:] for line in lines.values()])
     across = np.linspace(104, 636, len(xs))
     up = np.linspace(424, top, len(ys))
-    # A pale line at each tick, with its number.
     for value, x in zip(xs, across):
-        draw.line((x, 424, x, top), PALE, 2)
-        draw.text((x, 432), f"{value:g}", FAINT, font(22), anchor="ma")
+        draw.text((x, 432), f"{value:g}", FAINT, font(22), "ma")
     for value, y in zip(ys, up):
-        draw.line((104, y, 636, y), PALE, 2)
-        draw.text((94, y), f"{value:g}", FAINT, font(22), anchor="rm")
+        draw.line((104, y, 636, y), "#DDE1E6", 2)
+        draw.text((94, y), f"{value:g}", FAINT, font(22), "rm")
     for line, colour in zip(lines.values(), cycle(PALETTE)):
         _draw_line(draw, np.interp(line[0], xs, across), np.interp(line[1:], ys, up), colour)
     return chart
 
-def _draw_legend(draw, names):
+def _draw_legend(draw, y, names):
     """Write the names of series, in as many lines as they need; returns y of the last line."""
-    x, y = 24, 52
+    x = 24
     for name, colour in zip(names, cycle(PALETTE)):
         length = font(22).getlength(name)
-        if x > 24 and x + length > 660:
+        if x + length > 660:
             x, y = 24, y + 26
         draw.text((x, y), name, colour, font(22))
         x += 24 + length
@@ -1176,15 +1177,10 @@ def _ticks(parts):
     NaN: 0, 10, 20, 30, 40 over 37."""
     values = np.concatenate([[0], *parts], axis=None)
     low, high = np.nanmin(values), np.nanmax(values)
-    if low == high:
-        high = 1
-    # Of 1, 2, 5, 10, 20, 50 and so on the first that goes this way in five steps.
-    least = (high - low) / 5
-    unit = 10 ** math.floor(math.log10(least))
-    for step in (unit, 2 * unit, 5 * unit, 10 * unit):
-        if step >= least:
-            break
-    return step * np.arange(math.floor(low / step), math.ceil(high / step) + 1)
+    # The first of ... 1, 2, 5, 10, 20, 50 ... that goes this way in five steps.
+    steps = np.outer(10.0 ** np.arange(-20, 20), (1, 2, 5))
+    step = steps[steps >= (high - low) / 5].min()
+    return step * np.arange(low // step, math.ceil(high / step) + 1)
 
 def _draw_line(draw, xs, runs, colour):
     """The mean of runs, an array (runs, points), in a band from the lowest to the highest. Where
@@ -1192,8 +1188,8 @@ def _draw_line(draw, xs, runs, colour):
     runs = np.ma.masked_invalid(runs)
     for part in np.ma.clump_unmasked(runs.mean(0)):  # slices without gaps
         x, y = xs[part], runs[:, part]
-        band = [*zip(x, y.min(0)), *zip(x[::-1], y.max(0)[::-1])]
-        draw.polygon(band, f"{colour}30")
+        lower, upper = [*zip(x, y.min(0))], [*zip(x, y.max(0))]
+        draw.polygon(lower + upper[::-1], colour + "30")  # 30: how much it covers, of FF
         middle = [*zip(x, y.mean(0))]
         draw.line(middle, colour, 4, joint="curve")
         if len(middle) == 1:
