@@ -958,23 +958,17 @@ def _write_folder(folder, about, plan, make, draw):
 
 def _write_split(folder, split, items, make, rng, taken):
     """Write the pictures of a split, its JSONL file, and a preview of the first six."""
-    lines = []
-    preview = {"label": split, "images": [], "captions": [], "verdicts": [""] * 6}
+    records = []
     for arguments in tqdm(items, split, disable=None):
-        name = f"{split}-{len(lines):04d}"
+        name = f"{split}-{len(records):04d}"
         record, image = _make_new(rng, make, arguments, taken, name)
         # Ids and files are numbered within the split.
         record |= {"id": name, "image": f"images/{name}.png", "size": image.size}
         image.save(folder / record["image"], compress_level=1)
-        lines.append(json.dumps(record) + "\n")
-        if len(lines) <= 6:
-            if "question" in record:  # Its box is the target: a frame shows it.
-                x0, y0, x1, y1 = record["box"]
-                ImageDraw.Draw(image).rectangle((x0, y0, x1 - 1, y1 - 1), outline="magenta")
-            preview["images"].append(image)
-            preview["captions"].append(record.get("question", name))
+        records.append(record)
+    lines = [json.dumps(record) + "\n" for record in records]
     write_file(folder / f"{split}.jsonl", "".join(lines))
-    film_strip(folder / f"preview_{split}.png", [preview], side=500)
+    preview(folder, split, records, folder)
 
 def _make_new(rng, make, arguments, taken, name):
     """(record, image) of what is not in `taken`, hashes of all layouts and pictures so far."""
@@ -1103,8 +1097,7 @@ def film_strip(path, rows, title="", side=150, most=6):
     bottom = 11 + _write_lines(draw, GAP, 12, title, width, 18)
     for row in rows:
         x, y = GAP, 7 + _write_lines(draw, GAP, bottom, row["label"], width, 14)
-        pictures = zip(row["images"][:most], row["captions"], row["verdicts"])
-        for image, caption, verdict in pictures:
+        for image, caption, verdict in zip(row["images"][:most], row["captions"], row["verdicts"]):
             image = image.convert("RGB")
             image = ImageOps.contain(image, (side, side), Image.Resampling.BOX)
             sheet.paste(ImageOps.expand(image, 3, FRAMES[verdict]), (x - 3, y - 3))
@@ -1112,6 +1105,23 @@ def film_strip(path, rows, title="", side=150, most=6):
             bottom = max(bottom, below + GAP)
             x += side + GAP
     sheet.crop((0, 0, width, bottom)).save(path)
+
+def preview(folder, split, records, source):
+    """Write preview_SPLIT.png with the first six of these examples; source: their folder."""
+    records = records[:6]
+    images = [framed(record, source) for record in records]
+    captions = [record.get("question", record["id"]) for record in records]
+    row = {"label": split, "images": images, "captions": captions, "verdicts": [""] * 6}
+    film_strip(folder / f"preview_{split}.png", [row], side=500)
+
+def framed(record, folder):
+    """The image of an example; if it asks for a point, with a frame around the target."""
+    image = load_image(folder / record["image"])
+    if "question" in record:
+        wide = 1 + max(image.size) // 150  # pixels; it is seen on a small picture too
+        frame = np.add(record["box"], (-wide, -wide, wide, wide))
+        ImageDraw.Draw(image).rectangle([*frame], outline="magenta", width=wide)
+    return image
 
 def _write_lines(draw, x, y, text, width, size):
     """Write a text in lines of so many pixels, 24 at most; returns y below them."""

@@ -1419,6 +1419,30 @@ def test_a_run_leaves_its_table_pictures_and_figures():
     _, flat = vrrl.read_config(words_of(folder))
     assert flat.items() <= yaml.safe_load((folder / "settings.yaml").read_text()).items()
 
+@parametrize("short, said", [
+    ("A 3 3; T R; F", "committed   last turn: <FINAL>"),
+    ("A 3 3; T R", "not committed: the limit of turns"),
+    ("A 3 3; T R; <FINAL>", "not committed: a turn that cannot be read   last turn: <FINAL>")])
+def test_a_strip_says_why_its_episode_ended_and_frames_the_target(
+        short, said, tmp_path, monkeypatch):
+    task, calls = made("grounding"), calls_of(monkeypatch, data_prep, "film_strip")
+    example = task.examples("train")[0]
+    right = task.say(task.solution(example))
+    found = vrrl.outcome(task, scripted(policy_of(), short.replace("R", right)))
+    played = {split: [] for split in task.splits} | {"id": [found]}
+    row = {"split": "id", "ood": False, "n": 1, "turns": 2, **dict.fromkeys(vrrl.COLUMNS)}
+    run = SimpleNamespace(folder=tmp_path, metrics=None, finish=lambda **_: None)
+    vrrl.report(run, task, {"model": [row]}, played)
+    (((_, (strip,), _), _),) = calls
+    assert f"{example['id']}   {said}" in strip["label"]
+    assert strip["verdicts"] == ["", "wrong", "right"]
+    # The frame is just outside of the box, and the picture of the data stays as it is.
+    x0, y0, x1, y1 = example["box"]
+    picture, plain = (np.array(image) for image in (strip["images"][0], task.image(example)))
+    changed = (picture != plain).any(-1)
+    assert changed.any() and (picture[changed] == (255, 0, 255)).all()
+    assert not changed[y0:y1, x0:x1].any() and changed[y0 - 1, x0:x1].all()
+
 def test_the_model_that_a_run_leaves_has_the_runs_figures(tmp_path):
     words = "mode=eval", f"model={whole()}", "eval.probes=yes"  # the folder of a run will do
     vrrl.main(words_of(tmp_path / "eval", *words))
@@ -1881,6 +1905,10 @@ def test_ones_own_data_is_divided_by_image_and_goes_through_a_run(tmp_path):
     vrrl.main(words_of(run, "task=points", f"data={tmp_path / 'my.jsonl'}", "rl.steps=0",
                        "points.question={question} the"))
     assert (run / "episodes.png").is_file()
+    for part in ("train", "dev_id", "test_id"):
+        with Image.open(run / f"preview_{part}.png") as image:
+            magenta = (np.asarray(image) == (255, 0, 255)).all(-1)
+        assert magenta.sum() > 500  # the frames
 
 def test_lines_may_name_their_split_and_one_of_ones_own_is_out_of_distribution(tmp_path):
     splits = "train", "dev", "test", "night", None, "dusk2"

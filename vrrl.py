@@ -1863,6 +1863,7 @@ def outcome(task, episode):
     """What an episode came to, for JSON. correct: of each answer, given ones too; never empty.
     next: whether the answer after the first is correct. axes: see Task.axes, of each revision."""
     turns, answers = episode.all_turns, episode.answers
+    last = turns[-1]
     pairs = itertools.pairwise(answers[max(0, len(episode.given) - 1) :])
     axes = [task.axes(episode.example, before, after) for before, after in pairs]
     # An episode without any answer counts as wrong.
@@ -1872,13 +1873,14 @@ def outcome(task, episode):
         "example": episode.example,
         "answers": answers,
         "said": [turn.text for turn in turns if turn.kind == "answer"],
-        "last": turns[-1].text,
+        "last": last.text,
+        "end": last.kind,
         "correct": correct,
         "first": correct[0],
         "next": any(correct[1:2]),
         "final": correct[-1],
         "reward": episode.reward,
-        "commit": turns[-1].kind == "final",
+        "commit": last.kind == "final",
         "well_formed": well_formed(task, turns),
         "repeats": repeats(task, answers),
         "axes": axes,
@@ -2427,6 +2429,10 @@ CHARTS = {"first": SFT_CHARTS, "sft": SFT_CHARTS, "rl": {
     "shares: kept, roll-ins": "kept rollins", "gradient norm": "grad_norm", "KL": "kl",
     "off policy": "off_policy"}}
 
+# What an episode ends with, by the kind of its last turn.
+ENDS = {"final": "committed", "answer": "not committed: the limit of turns",
+        "bad": "not committed: a turn that cannot be read"}
+
 def report(run, task, models, played, *folders):
     """What people look at: report.md, curves.png, episodes.png; results.json ends the run."""
     # Curves of SFT and RL.
@@ -2443,12 +2449,13 @@ def report(run, task, models, played, *folders):
 
 def strip(task, e):
     """The pictures of an episode, from its outcome: a row for data_prep.film_strip."""
-    shown = [task.feedback(e["example"], answer) for answer in e["answers"]]
+    example = e["example"]
+    shown = [task.feedback(example, answer) for answer in e["answers"]]
     verdicts = ["right" if correct else "wrong" for correct in e["correct"]]
     return {
-        "label": f"{e['id']}   last turn: {e['last']}",
-        "captions": [task.question(e["example"])[0], *e["said"]],
-        "images": [task.image(e["example"]), *shown],
+        "label": f"{e['id']}   {ENDS[e['end']]}   last turn: {e['last']}",
+        "captions": [task.question(example)[0], *e["said"]],
+        "images": [data_prep.framed(example, task.folder), *shown],
         "verdicts": ["", *verdicts[: len(shown)]],
     }
 
@@ -2494,7 +2501,8 @@ def ask(task, cfg, folder):
     row = strip(task, episode)
     if "feedback" in changes:
         row["images"][1] = changes["feedback"](example, episode["answers"][0])
-    if cfg.picture:
+    if cfg.picture:  # no frame, since it has no target
+        row["images"][0] = task.image(example)
         row["verdicts"] = [""] * len(row["images"])
     print(f"question: {task.question(example)[0]}")
     for number, text in enumerate(episode["said"], 1):
@@ -2549,6 +2557,9 @@ def main(words):
         return
     files = fingerprint(cfg)
     run = Run(folder, flat | files)
+    if cfg.task == "points" and RANK == 0:  # Made data have such pictures in their own folder.
+        for split in task.own:
+            data_prep.preview(run.folder, split, task.own[split], task.folder)
     if cfg.mode == "train":
         train(cfg, words, task, run, files)
         return
