@@ -170,7 +170,7 @@ def starts_of(policy, fresh, rolled=0):
 def sampled(policy, fresh=5, rolled=2, samples=2, turns=3, **options):
     """Episodes sampled from such starts."""
     starts = starts_of(policy, fresh, rolled)
-    names = [str(start.start) for start in starts]
+    names = [str(start.group_id) for start in starts]
     luck = vrrl.uniforms(policy, names, samples, turns)
     return vrrl.play(policy, made("grounding"), starts, samples, turns, luck, **options)
 
@@ -295,7 +295,7 @@ def loss_by_hand(policy, reference, episodes, cfg):
     """Over plain forwards of the library, rollout by rollout. KL holds on masked turns too."""
     loss = 0.0
     for episode in episodes:
-        group = [other.reward for other in episodes if other.start == episode.start]
+        group = [other.reward for other in episodes if other.group_id == episode.group_id]
         advantage = episode.reward - (sum(group) - episode.reward) / (len(group) - 1)
         if cfg.rl.std_norm:
             advantage /= statistics.stdev(group) + 1e-6
@@ -574,7 +574,7 @@ def test_a_state_starts_with_the_same_ids_and_pictures():
         key, spoken, right = json.loads(json.dumps(state))  # as a checkpoint keeps it
         assert key == e.example["id"]
         start = vrrl.begin(policy, task, e.example, 77, spoken)
-        assert start.turns == [] and start.start == 77
+        assert start.turns == [] and start.group_id == 77
         assert right == task.exact(e.example, start.answers[-1])
         same = dataclasses.replace(e, given=e.turns[: len(spoken)], turns=[])
         (ids, pictures), (others, shown) = start.opening, same.opening
@@ -748,7 +748,7 @@ def test_a_rollout_depends_neither_on_its_neighbours_nor_on_their_order():
         starts = [starts[n] for n in order]
         luck = vrrl.uniforms(policy, [str(n) for n in order], 2, 3)
         found = vrrl.play(policy, made("grounding"), starts, 2, 3, luck)
-        return {(e.start, n % 2): [turn.ids for turn in e.turns] for n, e in enumerate(found)}
+        return {(e.group_id, n % 2): [turn.ids for turn in e.turns] for n, e in enumerate(found)}
 
     whole = played(range(5))
     assert whole[0, 0] != whole[0, 1]
@@ -768,7 +768,7 @@ def test_equal_rollouts_share_rows_and_nothing_else_changes(temperature, least, 
         return episodes, *found, gradients(policy)
 
     together, logps, entropies, shared = play()
-    distinct = {(e.start, *e.rest[0]) for e in together}
+    distinct = {(e.group_id, *e.rest[0]) for e in together}
     assert least <= len(distinct) <= most
     group, number = vrrl.Context.group, itertools.count()
     def apart(context, keys):  # every conversation has a row of its own
@@ -809,7 +809,7 @@ def test_checkpointing_and_shared_openings_change_no_gradient(kind, frozen, monk
     episodes = sampled(policy, 2, 2, 2, 2)
     plain = gradients_of(policy, episodes)
     assert any("visual" in name for name in plain) == (frozen == "no")
-    apart = [dataclasses.replace(e, start=n) for n, e in enumerate(episodes)]
+    apart = [dataclasses.replace(e, group_id=n) for n, e in enumerate(episodes)]
     assert_same_gradients(plain, gradients_of(policy, apart))
     monkeypatch.setattr(vrrl, "is_large", lambda model: True)
     large = vrrl.load_policy(folder_of(kind), settings(words))

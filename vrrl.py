@@ -17,19 +17,22 @@ The algorithm, with the default of each number beside its name (task `grounding`
             else a roll-in in its place: start = the oldest state of D's correct queue (probability
                 0.3) or of its wrong queue; if that queue is empty, the question
             sample rl.samples G = 8 rollouts at policy.temperature 0.5, each of at most
-                rl.max_turns 3 new turns; each answer but one at the limit gets a feedback picture
+                rl.max_turns 3 new turns; a well-formed answer gets a feedback picture, except in
+                the last of these turns
             R_i = 0 if malformed; 1 if correct, less reward.revision 0.05 for each revision; else
-                (0.1 + 0.9 r_i) / 2, where r_i in [0, 1] is how far the answers have come: section 3
+                (0.1 + 0.9 r_i) / 2; r_i in [0, 1]: how much closer they got after the first answer
             A_i = R_i - mean of the other G - 1 rewards    (REINFORCE with a baseline)
-            fresh rollouts only: k ~ U{1..T} of the T turns; turns before k leave the loss (each
-                rollout draws its k)
+            fresh rollouts only: k ~ U{1..T} of the T turns; turns before k are taken out of the
+                loss (each rollout draws its k)
         one Adam step (rl.lr 1e-4) on  - 1/(32 G) sum_i A_i sum of log pi over tokens in the loss
-        D.append(each fresh rollout up to its first shown wrong answer; if none, its last shown one;
-            a roll-in's up to its first new wrong answer, if that is its buffer.depth 2nd at most)
-        D.append(each wrong state that was taken, unless all of its rollouts mended it)
+        D.append(each fresh rollout up to its first shown wrong answer; if none, its last shown one)
+        D.append(each roll-in up to its first new shown wrong answer, if the state then has at most
+            buffer.depth 2 answers)
+        D.append(each wrong state that was taken, unless all 8 rollouts ended on a correct answer)
 
-A *rollout* is a sampled episode. A *roll-in* is one that goes on from a stored state: the turns of
-the state are given, and no loss trains them. All other rollouts are *fresh*.
+An *episode* is one question with all its turns. A *rollout* is one that the policy sampled. A
+*roll-in* is one that goes on from a stored state: the turns of the state are given, and no loss
+trains them. All other rollouts are *fresh*.
 
 *Malformed* is what breaks the protocol: turn 1 is an ANSWER alone, each turn between is a THINK and
 an ANSWER that is new, and the last is a FINAL alone. One that never says FINAL is malformed too.
@@ -74,28 +77,30 @@ HERE = Path(__file__).resolve().parent
 #
 #   task.examples("train")           the examples; each is a dict with an id
 #   task.image(example)              the picture of a question
-#   task.question(example)           the texts of the user: beside that picture, and after it
+#   task.question(example)           (text with that picture, text with each feedback picture)
 #   task.parse(text, last)           the answer that a text states, or None
 #   task.exact(example, answer)      whether an answer is correct
-#   task.progress(example, answer)   how far it has come: p in [0, 1], for the reward
-#   task.same(answer, other)         whether two answers count as one
+#   task.progress(example, answer)   how close it is to correct: p in [0, 1], for the reward
+#   task.same(answer, other)         whether two answers count as one; near points do
 #   task.feedback(example, answer)   a picture of what an answer does
-#   policy.prompt(question, reply)   the ids of all that the user says
+#   policy.prompt(question, reply)   the same two as ids: its fields `question` and `reply`
 #   policy.place(ids, picture)       the same with as many image tokens as the picture takes
 #   policy.decode(ids)               the text of a turn; policy.end_id is the token that ends it
 #   policy.open(episodes)            a Context, in which the model has read up to the new turns
 #   policy.sample(context, luck)     one new turn for each of them: ids and log-probs
 #   context.take(places)             keep some of them
-#   context.rows                     after `sample`: the row of each; equal ones so far have one row
+#   context.rows                     the row of the batch that each is in; those of one start that
+#                                    have said the same so far share a row
 #   policy.read(context, texts)      let each of them read on
 #   policy.log_probs(episodes)       log-probs of their `actions`, at the temperature of sampling,
 #                                    with gradients; and entropies
 #   policy.reference_log_probs(...)  log-probs of the same tokens under the SFT model
 #   Picture(image, processor)        an image as the model's vision tower takes it
-#   uniforms(policy, names, ...)     random numbers that hang on the names alone
+#   uniforms(policy, names, ...)     random numbers that depend on the names alone
 #   batch_of(items, count, ...)      the next items, in endless shuffled passes
 #   micro_batches(episodes, size)    slices of them
-#   AdamW(policy).step(rate)         one update; returns the norm of the gradient
+#   AdamW(policy).step(rate)         sums the workers' gradients, clips them, updates, and clears
+#                                    them; returns their norm
 #   share(items), gather(items)      this worker's part of a list; the parts of all workers
 #   outcome, health, update_...      figures for the log
 #   run.steps(...), run.log(...)     steps 1, 2, ..., with checkpoints; a line of the log
@@ -103,8 +108,9 @@ HERE = Path(__file__).resolve().parent
 
 # ==================== 1. Turns ====================================================================
 # In each turn the policy says one ANSWER or one FINAL; before an ANSWER that revises one stands a
-# THINK. An episode that is corrected once reads so; after each ANSWER the user shows a picture of
-# what it does:
+# THINK, in words of its own. After each ANSWER the user shows a picture of what it does. In the
+# task `grounding` an answer is a point, x and y, and one that revises it may be a move from there.
+# An episode that is corrected once reads so:
 #     <ANSWER>12 7</ANSWER>
 #     <THINK>left 3 up 1</THINK><ANSWER>left 3 up 1</ANSWER>
 #     <FINAL></FINAL>
@@ -176,7 +182,7 @@ class Episode:
     question_ids: list
     question_picture: object
     # The rollouts of one start have one number. What stands before their new turns is the same.
-    start: int = 0
+    group_id: int = 0
     given: list = dataclasses.field(default_factory=list)
     turns: list = dataclasses.field(default_factory=list)
     # What sections 3 and 5 make of a rollout; weights: one for each token of `actions`.
@@ -257,25 +263,25 @@ def well_formed(task, turns, unfinished=False):
     return bool(re.fullmatch(wanted, form)) and not repeats(task, answers)
 
 def repeats(task, answers):
-    """Whether two of the answers are the same. Where reward.worse is below 1, going back and forth
-    between two answers would add up gain."""
+    """Whether two of the answers count as the same. Else a policy could say one answer again and
+    again, or earn by going back and forth, where losses count less than gains (reward.worse)."""
     return any(task.same(one, other) for one, other in itertools.combinations(answers, 2))
 
 # ==================== 2. Rollouts =================================================================
 # An episode begins with a question, or with a stored state: a question and the turns that were
 # given. From such a start `play` samples new turns. After each answer the task draws what it does,
 # and the policy goes on from that picture.
-def begin(policy, task, example, start=0, spoken=(), feedback=None, image=None):
+def begin(policy, task, example, group_id=0, spoken=(), feedback=None, image=None):
     """An Episode before its first new turn.
 
-    start: its number among the starts of a step. spoken: the ids of each given turn.
+    group_id: its number among the starts of a step. spoken: the ids of each given turn.
     Probes (section 10) show other feedback to given turns, or another image as the question's.
     """
     # The question: a text and its picture.
     prompt = policy.prompt(*task.question(example))
     picture = Picture(image or task.image(example), policy.processor)
     ids = policy.place(prompt.question, picture)
-    episode = Episode(example, ids, picture, start)
+    episode = Episode(example, ids, picture, group_id)
 
     # The given turns, each with the feedback that it gets.
     for turn_ids in spoken:
@@ -316,7 +322,7 @@ def reply(policy, task, episode, turn, feedback=None):
 def play(policy, task, starts, samples, max_turns, luck=None, training=False):
     """Roll out `samples` episodes from every start. Those of one start stand together.
 
-    starts: Episodes without new turns, whose numbers `start` differ. max_turns: of new turns.
+    starts: Episodes without new turns, each with another `group_id`. max_turns: of new turns.
     luck: random numbers (episodes, turns, tokens), see `uniforms`; None: greedy, for evaluation.
     training: end an episode as soon as it is malformed, since it earns 0 whatever follows.
     """
@@ -331,10 +337,10 @@ def play(policy, task, starts, samples, max_turns, luck=None, training=False):
                 episodes.append(dataclasses.replace(start, turns=[]))
 
         # The random numbers of these episodes.
-        numbers = None
+        own_luck = None
         if luck is not None:
-            numbers = luck[len(played) : len(played) + len(episodes)]
-        play_together(policy, task, episodes, max_turns, numbers, training)
+            own_luck = luck[len(played) : len(played) + len(episodes)]
+        play_together(policy, task, episodes, max_turns, own_luck, training)
         played += episodes
     return played
 
@@ -343,22 +349,22 @@ def play_together(policy, task, episodes, max_turns, luck, training):
     context = policy.open(episodes)
     # Which of the episodes go on.
     live = list(range(len(episodes)))
-    for number in range(max_turns):
+    for turn_number in range(max_turns):
         # All that go on say one turn each.
-        numbers = None if luck is None else luck[live, number]
-        spoken = policy.sample(context, numbers)
+        turn_luck = None if luck is None else luck[live, turn_number]
+        spoken = policy.sample(context, turn_luck)
 
         # Each turn is parsed and judged, and an answer gets its feedback. Every episode has sampled
-        # a turn of its own. Those that happened to say the same, from the same start on, are one
-        # row of the context now, and share one Turn.
-        at_limit = number + 1 == max_turns
+        # a turn of its own. Where some of one start have said exactly the same so far, they are one
+        # row of the context, and share one Turn here.
+        at_limit = turn_number + 1 == max_turns
         turns = {}
         for n, row, (ids, logps) in zip(live, context.rows, spoken):
             if row not in turns:
                 turns[row] = next_turn(policy, task, episodes[n], ids, logps, at_limit, training)
             episodes[n].turns.append(turns[row])
 
-        # Those that have ended leave the batch. The others read the feedback.
+        # Those that have ended are taken out of the batch. The others read the feedback.
         going = [place for place, n in enumerate(live) if episodes[n].turns[-1].picture is not None]
         if not going:
             return
@@ -388,13 +394,14 @@ def reward(task, episode, *, reflection, bonus, cost, worse, revision):
         malformed, or the turn limit without FINAL:  R = 0
         the last answer is wrong:                    R = max(0, R_refl) / 2
         it is correct:                               R = max(1, R_refl) - late
-        R_refl = 0.1 + 0.9 r  [+ bonus r if correct]  - cost turns
+        R_refl = 0.1 + 0.9 r  [+ bonus * r if correct]  - cost * number of turns
         r      = clip(sum_t w(p_(t+1) - p_t), 0, 1),   w(d) = d if d >= 0 else worse * d
-        late   = min(revision (answers - 1), 0.4)
+        late   = min(revision * (number of answers - 1), 0.4)
 
-    p_t is `task.progress` of answer t. Given turns and the FINAL count as turns too. Plain RL
-    (reflection no) has 1 if correct, else 0. Defaults in grounding: bonus 0, cost 0, worse 1; in
-    navigation: bonus 0.2, cost 0.05, worse 0.5; in both: revision 0.05.
+    p_t is `task.progress` of answer t; with worse = 1 that makes r = last p - first p, clipped.
+    Given turns and the FINAL count as turns too. Plain RL (reflection no) has 1 if correct, else 0.
+    Defaults in grounding: bonus 0, cost 0, worse 1; in navigation: bonus 0.2, cost 0.05, worse 0.5;
+    in both: revision 0.05.
 
     Example, grounding: p = 0.2 and then correct earns 1 - 0.05 = 0.95; p = 0.2 and then p = 0.6,
     wrong, earns (0.1 + 0.9 * 0.4) / 2 = 0.23.
@@ -402,11 +409,11 @@ def reward(task, episode, *, reflection, bonus, cost, worse, revision):
     So r = 1, and three turns give R_refl = 0.1 + 0.9 + 0.2 - 3 * 0.05 = 1.05. That is more than 1,
     and R = 1.05 - 0.05 = 1.00, as much as for being correct at once.
 
-    Two things are not in the paper, which has R = max(1 if correct else 0, R_refl). There an answer
-    just beside the target earns up to 1. Here a wrong episode earns at most 1/2 and a correct one
-    at least 0.6, so that the last small step always pays. And without `late` (0.01 in the paper's
-    release) an error that is surely mended is free in grounding, and pays 1.05 in navigation: a
-    policy may err on purpose.
+    The paper has R = max(1 if correct else 0, R_refl). Two things differ here. There an answer just
+    beside the target earns up to 1; here a wrong episode earns at most 1/2, and a correct one that
+    is well-formed at least 0.6, so that the last small step always pays. And `late` is new (the
+    code that the authors released takes 0.01 for each revision): without it an error that is surely
+    mended is free in grounding, and pays 1.05 in navigation, so that a policy may err on purpose.
     """
     if not well_formed(task, episode.all_turns):
         return 0.0
@@ -417,7 +424,7 @@ def reward(task, episode, *, reflection, bonus, cost, worse, revision):
     if not reflection:
         return float(correct)
 
-    # r: how far the answers have come, all in all.
+    # r: how much closer the answers got, all in all.
     p = [task.progress(episode.example, answer) for answer in answers]
     gain = 0.0
     for before, after in itertools.pairwise(p):
@@ -435,23 +442,24 @@ def reward(task, episode, *, reflection, bonus, cost, worse, revision):
 # ==================== 4. Buffer ===================================================================
 # Past answers to start roll-ins from. Plain RL rarely sees a correction: late in training nearly
 # all first answers are correct. A buffer of states keeps the failures of the past at hand. What is
-# practised should vary and should not run out. So a wrong state comes again until it is mended, and
-# roll-ins leave states of their own.
+# practised should vary and should not run out. So a wrong state comes again until all G rollouts
+# from it end on a correct answer, and roll-ins store new wrong states. A correct one is used once.
 def state_of(task, episode, store, depth):
-    """The state that a rollout leaves in the buffer, or None.
+    """The state that a rollout stores in the buffer, or None.
 
     A state is (example id, ids of each turn, whether the last answer is correct). It ends where
     the policy had seen the feedback to an answer, and had to commit or correct.
-    store=drawn, the default: after the first new wrong answer that got feedback, or else after the
-    last one that did. store=committed, as in the paper: before the FINAL.
+    store=drawn, the default: after the first new wrong answer that got feedback (was drawn); if
+    none was wrong, after the last answer that got it. store=committed, as in the paper: before the
+    FINAL.
         wrong, correct, FINAL    drawn: (wrong)      committed: (wrong, correct)
         correct, FINAL           drawn: (correct)    committed: (correct)
         wrong, no FINAL          drawn: (wrong)      committed: None
-    depth: a roll-in leaves a wrong state alone, and only one of at most so many answers. With more
-    of them few other answers are left to try.
+    depth: a roll-in stores only wrong states, and only those of at most so many answers, given ones
+    counted. After more of them few other answers are left to try.
         given wrong; wrong, correct, FINAL    depth 2: (wrong, wrong)    depth 1 or 0: None
     """
-    # The new turns that got feedback. They stand at the front: an episode ends without any.
+    # The new turns that got feedback. They come first: only the last turn of an episode has none.
     shown = [turn for turn in episode.turns if turn.picture is not None]
     if not shown:
         return None
@@ -470,8 +478,8 @@ def state_of(task, episode, store, depth):
     return episode.example["id"], ids, correct
 
 def states_of(task, group, store, depth):
-    """The states that the rollouts of one start leave. The state that they started from is among
-    them if it is a wrong one and not all of them have mended it: it will be practised again."""
+    """The states that the rollouts of one start store. A wrong state that they started from is
+    among them, to be practised again, unless the last answer of each is correct."""
     states = [state_of(task, rollout, store, depth) for rollout in group]
     first = group[0]
     if first.given:
@@ -487,7 +495,7 @@ class Buffer:
 
     correct_share: the share of correct states, of the `size` places and of what is taken. One
     queue for both would fill up with correct states as the policy gets better. First in, first
-    out: a state falls out when its queue is full.
+    out: when a queue is full its oldest state falls out.
     """
     def __init__(self, size, correct_share):
         places = round(size * correct_share)
@@ -496,7 +504,7 @@ class Buffer:
         self.wrong = deque(maxlen=size - places)
 
     def add(self, state):
-        """Put a state at the end of its queue, unless it is there. Equal rollouts leave equal
+        """Put a state at the end of its queue, unless it is there. Equal rollouts have equal
         states, and the queue would fill with them."""
         _, _, correct = state
         queue = self.correct if correct else self.wrong
@@ -519,10 +527,11 @@ class Buffer:
 # Under prefix masking it does not drop out. Turn t of T new turns has the weight t/T on average. T
 # depends on what the policy does in turn t and later, since a commit ends the episode. So the
 # weight depends on the actions too, and E[weight * grad log pi] is not 0: early turns of long
-# episodes count less. This bias is the method's own.
+# episodes count less. This bias is the price of the mask, and part of the paper's method: more of
+# the gradient goes to later turns, where corrections are made.
 #
-# Roll-ins need no mask. Their given turns are in no loss, and all rollouts of the start share them:
-# there the baseline holds.
+# Roll-ins have no mask. Their given turns are in no loss, and all their new tokens weigh 1, so that
+# the baseline holds. With rl.mask=none it holds for fresh rollouts too.
 def turn_weights(group, mask, seed):
     """Prefix masking (paper: random turn masking): the weights of the rollouts of one start.
 
@@ -540,7 +549,7 @@ def turn_weights(group, mask, seed):
         total = len(rollout.turns)
         of_turn = [1.0] * total
         if mask == "random" and not rollout.given:
-            k = random.Random(f"{seed} {rollout.start} {place}").randint(1, total)
+            k = random.Random(f"{seed} {rollout.group_id} {place}").randint(1, total)
             of_turn = [float(t >= k) for t in range(1, total + 1)]
         if mask == "expected" and not rollout.given:
             of_turn = [t / total for t in range(1, total + 1)]
@@ -555,7 +564,7 @@ def advantages(rewards, std_norm=False):
     This equals G / (G - 1) times (R_i - mean of all G). Rewards 1, 0, 0 give 1, -0.5, -0.5.
     std_norm: divided by the group's standard deviation too. GRPO has this without G / (G - 1).
     """
-    # In fp32 the mean of equal numbers may differ from them.
+    # In fp64, so that equal rewards give 0: in fp32 the mean of equal numbers may differ from them.
     rewards = rewards.double()
     group = rewards.shape[1]
     centred = rewards - rewards.mean(1, keepdim=True)
@@ -579,7 +588,7 @@ def policy_loss(episodes, logps, rollouts, references=None, kl=0.0):
     rollouts: N, of the whole step, so that the losses of its micro-batches add up to its loss.
 
     N does not depend on the mask. Divided by the tokens in the loss, which depend on k, `random`
-    would not average to `expected`. In each episode the KL term holds on masked turns too, or
+    would not average to `expected`. The KL term covers the masked turns of these episodes too, or
     they could drift.
     """
     loss = 0.0
@@ -601,11 +610,11 @@ def rl(policy, task, cfg, run):
     settings = cfg.rl
     samples = settings.samples  # G
     rollouts = settings.questions * samples  # N
-    questions = {example["id"]: example for example in task.examples("train")}
+    examples = {example["id"]: example for example in task.examples("train")}
     optimizer = AdamW(policy)
     buffer = Buffer(cfg.buffer.size, cfg.buffer.correct_share)
     for step in run.steps("rl", settings.steps, optimizer, buffer):
-        # All that is random in a step hangs on this text, and not on what came before. So a run
+        # All that is random in a step depends on this text, and not on what came before. So a run
         # that was stopped goes on as if it had not been.
         seed = f"{cfg.seed} {step}"
 
@@ -613,21 +622,21 @@ def rl(policy, task, cfg, run):
         #    comes in the place of a question, and where its queue is empty the question stays.
         rng = random.Random(seed)
         plan = []
-        for question in batch_of(list(questions), settings.questions, step, cfg.seed):
+        for example_id in batch_of(list(examples), settings.questions, step, cfg.seed):
             state = None
             if rng.random() >= settings.rho:
                 state = buffer.take(rng)
-            plan.append(state or (question, (), None))
+            plan.append(state or (example_id, (), None))
         starts = []
         for number, state in share(list(enumerate(plan))):
-            question, spoken, _ = state
-            start = begin(policy, task, questions[question], number, spoken)
+            example_id, spoken, _ = state
+            start = begin(policy, task, examples[example_id], number, spoken)
             starts.append(start)
 
-        # 2. G rollouts from each start, turn by turn. What is sampled hangs on seed, step, start
+        # 2. G rollouts from each start, turn by turn. What is sampled depends on seed, step, start
         #    and rollout alone.
         most = settings.max_turns
-        names = [f"{seed} {start.start}" for start in starts]
+        names = [f"{seed} {start.group_id}" for start in starts]
         luck = uniforms(policy, names, samples, most)
         episodes = play(policy, task, starts, samples, most, luck, training=True)
         groups = [episodes[n : n + samples] for n in range(0, len(episodes), samples)]
@@ -952,7 +961,8 @@ class Policy:
     def read(self, context, texts):
         """Let each conversation read on. texts: for each (ids, never empty, and pictures).
 
-        Returns hidden states (B, 1 + W, D), W being the longest text; short ones are padded.
+        Returns hidden states (B, 1 + W, D), W being the longest text; short ones are padded. The
+        first text of a context has nothing before it: (B, W, D).
         Column j predicts token j, and what stands behind the last token predicts what comes next.
         """
         # Conversations of one row that read different texts part. One text a row is read.
@@ -977,7 +987,7 @@ class Policy:
         """
         # What the model reads, where it stands, and what each new token may see.
         embeds, deepstack = self.embed(ids, new, pictures)
-        positions = self.steps_of(ids, new, pictures) + context.position[:, None]
+        positions = self.positions_of(ids, new, pictures) + context.position[:, None]
         mask = context.add_columns(new)
         hidden = self.model.model.language_model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=True,
@@ -1001,7 +1011,7 @@ class Policy:
         levels = [torch.cat(level) for level in zip(*deep)]
         return embeds, {"visual_pos_masks": seen, "deepstack_visual_embeds": levels}
 
-    def steps_of(self, ids, new, pictures):
+    def positions_of(self, ids, new, pictures):
         """M-RoPE positions (3, B, W), counted from the first new token of a row.
 
         A text token takes one step on all three axes. An image's tokens keep the time axis and
@@ -1020,12 +1030,12 @@ class Policy:
 
     def open(self, episodes):
         """A Context that holds the opening of each episode. That of a start is read once."""
-        openings = {e.start: e.opening for e in episodes}
+        openings = {e.group_id: e.opening for e in episodes}
         context = Context(len(openings), self.device)
         self.read(context, list(openings.values()))
         # All episodes of a start go on from its row.
         starts = list(openings)
-        context.take([starts.index(e.start) for e in episodes])
+        context.take([starts.index(e.group_id) for e in episodes])
         return context
 
     # ---------- sampling and scoring
@@ -1774,11 +1784,11 @@ def micro_batches(episodes, size):
     its opening is then read once."""
     # A short text beside a long one would be padding for the most part.
     def length_and_start(episode):
-        return len(episode.rest[0]), episode.start
+        return len(episode.rest[0]), episode.group_id
 
     equal = {}
     for episode in sorted(episodes, key=length_and_start):
-        key = episode.start, tuple(episode.rest[0])
+        key = episode.group_id, tuple(episode.rest[0])
         equal.setdefault(key, []).append(episode)
     groups = list(equal.values())
     slices = [groups[first : first + size] for first in range(0, len(groups), size)]

@@ -32,7 +32,7 @@ if __name__ == "__main__":
     task = vrrl.TASKS[cfg.task](cfg)
     policy = vrrl.load_policy(sys.argv[1], cfg)
     starts = [vrrl.begin(policy, task, e, n) for n, e in enumerate(task.examples("train")[:150])]
-    luck = vrrl.uniforms(policy, [str(start.start) for start in starts], 4, 4)
+    luck = vrrl.uniforms(policy, [str(start.group_id) for start in starts], 4, 4)
     fresh = vrrl.play(policy, task, starts, 4, 4, luck)
     buffer = vrrl.Buffer(cfg.buffer.size, cfg.buffer.correct_share)
     for episode in reversed(fresh):
