@@ -1,15 +1,15 @@
-"""Paints assets/loss.png: which turns of three training episodes enter the loss.
+"""Paints a picture as assets/loss.png: which turns of three training episodes enter the loss.
 
-    python assets/draw_loss.py runs/grounding-vrrl-seed0/model
+    usage: python assets/draw_loss.py MODEL PICTURE.png
 
-The episodes are sampled on training questions, by the model of this folder: one from a question,
-with two values of k, and one that goes on from a stored state.
+The episodes are sampled on training questions, by the model of a folder, such as
+runs/grounding-vrrl-seed0/model: one from a question, with two values of k, and one that goes on
+from a stored state.
 """
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data_prep
 import vrrl
 
@@ -28,9 +28,12 @@ def corrected(episodes, wrong):
                 [task.exact(e.example, a) for a in e.answers] == [False] * wrong + [True])
 
 if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit(__doc__)
+    _, model, picture = sys.argv
     cfg, _ = vrrl.read_config(["policy.temperature=1"])
     task = vrrl.TASKS[cfg.task](cfg)
-    policy = vrrl.load_policy(sys.argv[1], cfg)
+    policy = vrrl.load_policy(model, cfg)
     starts = [vrrl.begin(policy, task, e, n) for n, e in enumerate(task.examples("train")[:150])]
     luck = vrrl.uniforms(policy, [str(start.group_id) for start in starts], 4, 4)
     fresh = vrrl.play(policy, task, starts, 4, 4, luck)
@@ -47,5 +50,4 @@ if __name__ == "__main__":
     rows = [row(task, one, 1, "from a question, k = 1: every turn is in the loss"),
             row(task, one, 2, "the same episode with k = 2: prefix masking leaves out turn 1"),
             row(task, other, 1, "a roll-in: it goes on from a stored wrong state, which is given")]
-    data_prep.film_strip(HERE / "loss.png", rows,
-                         "Green: in the loss", most=3)
+    data_prep.film_strip(picture, rows, "Green: in the loss", most=3)
