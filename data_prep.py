@@ -1119,8 +1119,8 @@ def framed(record, folder):
     image = load_image(folder / record["image"])
     if "question" in record:
         wide = 1 + max(image.size) // 150  # pixels; it is seen on a small picture too
-        frame = np.add(record["box"], (-wide, -wide, wide, wide))
-        ImageDraw.Draw(image).rectangle([*frame], outline="magenta", width=wide)
+        frame = np.add(record["box"], (-wide, -wide, wide - 1, wide - 1))
+        ImageDraw.Draw(image).rectangle([*frame], None, "magenta", wide)
     return image
 
 def _write_lines(draw, x, y, text, width, size):

@@ -1441,7 +1441,7 @@ def test_a_strip_says_why_its_episode_ended_and_frames_the_target(
     picture, plain = (np.array(image) for image in (strip["images"][0], task.image(example)))
     changed = (picture != plain).any(-1)
     assert changed.any() and (picture[changed] == (255, 0, 255)).all()
-    assert not changed[y0:y1, x0:x1].any() and changed[y0 - 1, x0:x1].all()
+    assert not changed[y0:y1, x0:x1].any() and changed[[y0 - 1, y1], x0:x1].all()
 
 def test_the_model_that_a_run_leaves_has_the_runs_figures(tmp_path):
     words = "mode=eval", f"model={whole()}", "eval.probes=yes"  # the folder of a run will do
