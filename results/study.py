@@ -295,10 +295,12 @@ def panels(found):
             logs = np.array([*logs.values()], float)  # (seeds, points, step and figures)
             for chart, figure in ((commits, "commit_wrong"), (repairs, "rollin_repair")):
                 column = 1 + LOGGED.index(figure)
-                chart[name] = logs[0, :, 0], *(100 * logs[:, :, column])
-    return [("right after so many turns, ood, %", right),
-            ("commits of wrong answers by RL step, %", commits),
-            ("repair of roll-ins by RL step, %", repairs)]
+                if column < logs.shape[2]:  # older files have fewer figures
+                    chart[name] = logs[0, :, 0], *(100 * logs[:, :, column])
+    charts = {"right after so many turns, ood, %": right,
+              "commits of wrong answers by RL step, %": commits,
+              "repair of roll-ins by RL step, %": repairs}
+    return [(title, series) for title, series in charts.items() if series]
 
 def when_tables(found):
     keys, lines = ("right", "mended", "sft", "rl", "vrrl", "gap"), []
