@@ -3,7 +3,8 @@
 The models are tiny ones with random weights (`policy_of`), or one of them after some SFT steps
 (`taught`), so that its conversations have several turns. VRRL_TEST_GPU=1 runs them on a GPU."""
 import ast, atexit, contextlib, copy, dataclasses, functools, gc, itertools, json, math, os
-import random, re, resource, shlex, shutil, signal, statistics, subprocess, sys, tempfile, time, weakref
+import random, re, resource, shlex, shutil, signal, statistics, subprocess, sys, tempfile, time
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace

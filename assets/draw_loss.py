@@ -39,7 +39,7 @@ if __name__ == "__main__":
     fresh = vrrl.play(policy, task, starts, 4, 4, luck)
     buffer = vrrl.Buffer(cfg.buffer.size, cfg.buffer.correct_share)
     for episode in reversed(fresh):
-        state = vrrl.state_of(task, episode, cfg.buffer.store)
+        state = vrrl.state_of(task, episode, cfg.buffer.store, 0)
         if state is not None:
             buffer.add(state)
     questions = {e["id"]: e for e in task.examples("train")}
