@@ -835,7 +835,7 @@ def test_a_policy_that_is_dropped_frees_its_weights_at_once(lora, large, monkeyp
     finally:
         gc.enable()
 
-@parametrize("system", ["", "find the way"])
+@parametrize("system", ["", "find the path"])
 @parametrize("kind", KINDS)
 def test_a_conversation_has_the_ids_of_the_chat_template(kind, system):
     def words(text):
