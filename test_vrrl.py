@@ -1828,6 +1828,7 @@ def test_a_question_of_any_split_that_the_model_cannot_read_is_refused(fails, tm
     file = task.folder / f"{split}_bars.jsonl"
     file.write_text(file.read_text().replace('"question": "', '"question": "zebra ', 1))
     assert "zebra" in fails(vrrl.main, words)
+    assert not (tmp_path / "run").exists()  # before any work
 
 @parametrize("well_formed, final, said", rows("""
     0.05 | 0   | malformed
