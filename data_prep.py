@@ -1006,7 +1006,7 @@ def own_examples(file, check_text, quiet=False):
         parts.setdefault(part, []).append(example)
         bar.update()
 
-    lines = Path(file).read_bytes().count(b"\n") + 1
+    lines = len(Path(file).read_bytes().splitlines())
     with tqdm(total=lines, desc="read pictures", unit="line", disable=quiet) as bar:
         read_examples(file, take)
     return parts

@@ -1486,6 +1486,8 @@ def test_ask_plays_one_episode_and_paints_it(tmp_path, capsys, monkeypatch, word
 def test_ask_refuses_what_is_no_answer(fails, tmp_path):
     line = fails(vrrl.main, words_of(tmp_path / "ask", "mode=ask", "say=up there"))
     assert "say=up there is no answer; one would be say=" in line
+    for word in ("picture=my.png", "question=the red"):
+        assert "need each other" in fails(vrrl.main, words_of(tmp_path / "ask", "mode=ask", word))
 
 def test_the_same_command_prints_the_table_and_other_settings_are_refused(capsys, fails):
     before = contents(whole().parent)
@@ -1795,7 +1797,7 @@ def test_what_cannot_be_written_or_said_is_one_clear_line(fails, tmp_path):
             ("b", data, str(tmp_path)),
             ("c", "points.reply=lookout", "lookout"),  # the model lacks it
             ("d", f"points.reply={'find ' * 5000}", "tokens; the model can read 4096"),
-            ("e", "policy.max_new=4", "policy.max_new=4: '<")):
+            ("e", "policy.max_new=4", "policy.max_new=4 is too small")):
         assert said in fails(vrrl.main, words_of(tmp_path / folder, word))
     with data_prep.lock(tmp_path / "a"):
         assert "in use" in fails(vrrl.main, words_of(tmp_path / "a"))
@@ -1814,7 +1816,8 @@ def test_a_message_is_a_short_line_that_promises_no_checkpoint_where_there_is_no
     def run():
         raise data_prep.UserError(f"{'A' * 400_000} is no file")
     monkeypatch.setattr(vrrl.Run, "has_checkpoint", False)
-    assert len(fails(run)) <= 300
+    line = fails(run)
+    assert len(line) <= 300 and "AAAA" in line  # a word of any length
     for word in ("task=points", "task=points data=none.jsonl", f"task=points data={tmp_path}"):
         line = fails(vrrl.main, words_of(tmp_path / "run", *word.split()))
         assert "checkpoint" not in line and len(line) < 300

@@ -51,7 +51,7 @@ reader may skip Part II; whoever changes something finds the place in README.md.
 --help` lists all settings.
 """
 import contextlib, dataclasses, datetime, difflib, functools, hashlib, inspect, itertools
-import json, math, os, platform, random, re, shutil, sys, textwrap, time, types
+import json, math, os, platform, random, re, shutil, sys, time, types
 from collections import Counter, deque, namedtuple
 from pathlib import Path
 
@@ -910,7 +910,8 @@ class Policy:
         before, after = self.tokenizer([before, after], add_special_tokens=False)["input_ids"]
         if not before.count(self.image_id) == after.count(self.image_id) == 1:
             raise UserError(f"model={self.cfg.model}: its chat template does not write the model's "
-                            f"image token, {self.image_id}, once for a picture")
+                            f"image token, {self.image_id}, once for a picture, or its tokenizer "
+                            "does not know it")
         if after[0] not in special_tokens(self.tokenizer):
             raise UserError(f"model={self.cfg.model}: its chat template ends a turn with "
                             f"{self.tokenizer.decode(after[:1])!r}, which is no special token")
@@ -1178,7 +1179,7 @@ def cannot_load(source):
     except UserError:
         raise
     except Exception as error:  # half a download, another architecture: many kinds
-        line = (str(error) or repr(error)).splitlines()[0]
+        line = str(error) or repr(error)
         raise UserError(f"model={source} cannot be loaded: {line}") from None
 
 @functools.lru_cache
@@ -1833,7 +1834,8 @@ def check_turns(policy, data):
         if policy.tokenizer.unk_token_id in ids:
             raise UserError(f"the model's tokenizer does not have all words of {text!r}")
         if len(ids) >= most:
-            raise UserError(f"policy.max_new={most}: {text!r} and its end take {len(ids) + 1}")
+            raise UserError(f"policy.max_new={most} is too small: {text!r} and its end take "
+                            f"{len(ids) + 1} tokens")
 
 KEPT = 700_000_000  # pixels of demonstrations that are kept: 2 GB
 
@@ -2490,6 +2492,8 @@ def ask(task, cfg, folder):
     for split in reversed(task.splits):  # out of distribution first
         examples += task.examples(f"{cfg.eval.splits}_{split}")
     example = examples[cfg.seed % len(examples)]
+    if bool(cfg.picture) != bool(cfg.question):
+        raise UserError("picture= and question= need each other")
     if cfg.picture:  # no answer is correct: nobody has said where the target is
         size = list(data_prep.load_image(cfg.picture).size)
         example = {"id": cfg.picture, "image": Path(cfg.picture).resolve(), "size": size,
@@ -2592,6 +2596,8 @@ def run_main(function, words):
         return
     except KeyboardInterrupt:
         message, code = "stopped", 130
+        if not Run.has_checkpoint:
+            message += " before the first checkpoint: nothing was kept"
     except (UserError, OSError) as error:  # OSError: not allowed, or a full disk
         message = f"error: {error}"
     except (RuntimeError, MemoryError) as error:
@@ -2599,7 +2605,9 @@ def run_main(function, words):
             raise
         message = ("error: out of memory: lower policy.rows (while it samples) or policy.micro "
                    "(while it updates); where pictures are large, give policy.max_pixels")
-    message = textwrap.shorten(message, 300)
+    message = " ".join(message.split())  # one line
+    if len(message) > 300:
+        message = message[:294] + " [...]"
     if Run.has_checkpoint:
         message += "; the same command goes on from the last checkpoint"
     if RANK > 0:  # worker 0 may say the same, and then it ends this process
