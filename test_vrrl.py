@@ -1747,7 +1747,7 @@ def adapters_alone(folder):
 
 @parametrize("change, said", [
     (without("model.safetensors"), "model"),
-    (without("tokenizer.json"), "token"),
+    (without("tokenizer.json"), "has no tokenizer.json"),
     (without("preprocessor_config.json"), "image processor"),
     (without("config.json"), "config.json"),
     (without_a_tensor, "lack 1 tensors"),

@@ -1186,6 +1186,10 @@ def cannot_load(source):
 def load_parts(source, max_pixels):
     """(tokenizer, image processor). The processor's class needs no torchvision. max_pixels: see
     policy.max_pixels; a model that is saved keeps it."""
+    # The library would make up a tokenizer without words.
+    files = [file.name for file in Path(source).glob("*")]
+    if files and not {"tokenizer.json", "vocab.json"} & {*files}:
+        raise UserError(f"model={source} has no tokenizer.json: copy it there")
     with cannot_load(source):
         config = transformers.AutoConfig.from_pretrained(source).get_text_config()
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
