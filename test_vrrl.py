@@ -1478,7 +1478,7 @@ def test_ask_plays_one_episode_and_paints_it(tmp_path, capsys, monkeypatch, word
     printed = capsys.readouterr().out
     assert all(text in printed for text in said)
     assert (tmp_path / "ask" / "ask.png").is_file()
-    ((_, [row], *_), _), = strips
+    (_, [row], *_), _ = strips[-1]  # those before are previews of data that was made
     assert len(row["images"]) >= pictures
     if "probe=blank" in words:
         assert row["images"][1].getcolors() == [(row["images"][1].size[0] ** 2, (128, 128, 128))]
@@ -1488,6 +1488,7 @@ def test_ask_refuses_what_is_no_answer(fails, tmp_path):
     assert "say=up there is no answer; one would be say=" in line
     for word in ("picture=my.png", "question=the red"):
         assert "need each other" in fails(vrrl.main, words_of(tmp_path / "ask", "mode=ask", word))
+    assert "give say= too" in fails(vrrl.main, words_of(tmp_path, "mode=ask", "probe=blank"))
 
 def test_the_same_command_prints_the_table_and_other_settings_are_refused(capsys, fails):
     before = contents(whole().parent)

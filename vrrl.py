@@ -2262,9 +2262,9 @@ class Run:
         self.bar.set_postfix({key: line[key] for key in SHOWN if key in line}, refresh=False)
         # Steps that teach nothing, in a row: after ten of them it is time to say why.
         self.idle = self.idle + 1 if line.get("skipped") else 0
-        if self.idle == 10:
-            tqdm.write(f"warning: {why_equal(line)}", sys.stderr)
         if RANK == 0:
+            if self.idle == 10:
+                tqdm.write(f"warning: {why_equal(line)}", sys.stderr)
             with open(self.metrics, "a") as out:
                 out.write(json.dumps(line) + "\n")
 
@@ -2487,6 +2487,16 @@ def write_table(run, rows):
     write_file(run.folder / "report.md", table + "\n")
     print(table)
 
+def own_example(cfg):
+    """An example of mode=ask, of `picture` and `question`. Its box is empty, so that no answer is
+    correct: nobody has said where the target is."""
+    if not cfg.picture or not cfg.question:
+        raise UserError("picture= and question= need each other")
+    size = list(data_prep.load_image(cfg.picture).size)
+    image = Path(cfg.picture).resolve()
+    return {"id": cfg.picture, "image": image, "size": size, "question": cfg.question,
+            "box": [0, 0, 0, 0], "within": 0}
+
 def ask(task, cfg, folder):
     """mode=ask: one greedy episode before your eyes. Prints its turns, and paints ask.png.
 
@@ -2496,39 +2506,40 @@ def ask(task, cfg, folder):
     for split in reversed(task.splits):  # out of distribution first
         examples += task.examples(f"{cfg.eval.splits}_{split}")
     example = examples[cfg.seed % len(examples)]
-    if bool(cfg.picture) != bool(cfg.question):
-        raise UserError("picture= and question= need each other")
-    if cfg.picture:  # no answer is correct: nobody has said where the target is
-        size = list(data_prep.load_image(cfg.picture).size)
-        example = {"id": cfg.picture, "image": Path(cfg.picture).resolve(), "size": size,
-                   "question": cfg.question, "box": [0, 0, 0, 0], "within": 0}
+    if cfg.picture or cfg.question:
+        example = own_example(cfg)
 
-    # The first answer, from you.
+    # The first answer, from you, and what it is shown.
     case, changes = [example], {}
+    if cfg.say and task.parse(cfg.say) is None:
+        known = task.say(task.solution(examples[0], random.Random(0)))
+        raise UserError(f"say={cfg.say} is no answer; one would be say=\"{known}\"")
     if cfg.say:
-        if task.parse(cfg.say) is None:
-            known = task.say(task.solution(examples[0], random.Random(0)))
-            raise UserError(f"say={cfg.say} is no answer; one would be say=\"{known}\"")
         case.append(f"<ANSWER>{cfg.say}</ANSWER>")
+    if cfg.probe != "none":
+        if not cfg.say:
+            raise UserError(f"probe={cfg.probe} is shown after an answer of yours: give say= too")
         others = [(e, case[1]) for e in [example, *examples]]
-        changes = {"none": {}, **probes(task, others)}[cfg.probe]
+        changes = probes(task, others)[cfg.probe]
     policy = load_policy(cfg.model, cfg)
     episode, = play_greedy(policy, task, [case], cfg.eval.max_turns, **changes)
 
-    # What was said, and what was shown after it.
+    # The pictures that were shown.
     row = strip(task, episode)
     if "feedback" in changes:
         row["images"][1] = changes["feedback"](example, episode["answers"][0])
     if cfg.picture:  # no frame, since it has no target
         row["images"][0] = task.image(example)
         row["verdicts"] = [""] * len(row["images"])
+    folder.mkdir(parents=True, exist_ok=True)
+    data_prep.film_strip(folder / "ask.png", [row], f"{cfg.model} {cfg.say}")
+
+    # What was said.
     print(f"question: {task.question(example)[0]}")
     for number, text in enumerate(episode["said"], 1):
         print(f"turn {number}: {text}   {row['verdicts'][number]}")
-    if [episode["last"]] != episode["said"][-1:]:
+    if episode["end"] != "answer":
         print(f"last turn: {episode['last']}")
-    folder.mkdir(parents=True, exist_ok=True)
-    data_prep.film_strip(folder / "ask.png", [row], f"{cfg.model} {cfg.say}")
     print(f"pictures: {folder / 'ask.png'}")
 
 def check_questions(task, cfg):
