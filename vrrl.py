@@ -473,6 +473,8 @@ def state_of(task, episode, store, depth):
         length = verdicts.index(False) + 1
     correct = verdicts[length - 1]
     ids = [turn.ids for turn in [*episode.given, *shown[:length]]]
+
+    # Of a roll-in only short wrong states are stored.
     if episode.given and (correct or len(ids) > depth):
         return None
     return episode.example["id"], ids, correct
@@ -480,7 +482,10 @@ def state_of(task, episode, store, depth):
 def states_of(task, group, store, depth):
     """The states that the rollouts of one start store. A wrong state that they started from is
     among them, to be practised again, unless the last answer of each is correct."""
+    # What each rollout stores for itself.
     states = [state_of(task, rollout, store, depth) for rollout in group]
+
+    # A roll-in: the state that all of them started from.
     first = group[0]
     if first.given:
         mended = [task.exact(rollout.example, rollout.answers[-1]) for rollout in group]
